@@ -1,0 +1,70 @@
+"""What every test shares: the Triton interpreter without a GPU, determinism, hypothesis profile.
+
+It runs before any module of the project is imported, because Triton reads TRITON_INTERPRET and
+OpenMP reads OMP_WAIT_POLICY once, at import. N is the number of rows of whatever is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads ruin a shared machine
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# Also fills torch.empty with NaN, so that an element nobody wrote cannot look right.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+U32 = 2.0**-24  # half a unit in the last place of 1.0 in float32: one rounding
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device, with the reason."""
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; none is visible")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def assert_within(got: torch.Tensor, want: torch.Tensor, budget: torch.Tensor | float) -> float:
+    """|got - want| <= budget element by element; returns the largest fraction of the budget used.
+
+    got:     the result under test, any dtype.
+    want:    the same in float64, same shape.
+    budget:  absolute, broadcastable to want; counted from roundings (CONVENTIONS.md), not tuned.
+    """
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    assert bool(torch.isfinite(got).all()), "the result holds NaN or infinity"
+    error = (got.detach().double() - want.detach().double()).abs()
+    allowed = torch.as_tensor(budget, dtype=torch.float64, device=error.device).expand_as(error)
+    used = torch.where(error == 0, torch.zeros_like(error), error / allowed)
+    worst = float(used.max()) if used.numel() else 0.0
+    assert worst <= 1.0, f"{worst:.2f} of the rounding budget used; worst error {error.max():.3e}"
+    return worst
