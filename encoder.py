@@ -1,0 +1,176 @@
+"""f_theta: ResNet-18, its projection head, and the heads f_beta and f_gamma.   [P:§4.2]
+
+The backbone is He et al. 2016 with torchvision's names and shapes, so that weights move between
+the two in either direction. The losses that train it are in pmsacl.py.
+
+Sizes: B images, S pixels a side, Z = 128 output features, A classes; the backbone pools 512.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POOLED = 512  # channels of layer4
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, in [0, 1]: what its weights expect
+STD = (0.229, 0.224, 0.225)
+
+
+def to_unit(images: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """Images at rest (uint8) or in flight (float) to float32 in [0, 1] on the device.
+
+    images:  (B, 3, S, S), uint8 in 0..255 or floating in [0, 1].
+    returns: (B, 3, S, S) float32.
+    """
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.array(images))  # a copy: memory-maps are read-only
+    images = images.to(device)
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def normalise(x: Tensor) -> Tensor:
+    """(x - mean) / std per channel, with ImageNet's statistics whatever the start weights.
+
+    x:       (B, 3, S, S) in [0, 1].
+    returns: (B, 3, S, S), about zero mean and unit variance.
+    """
+    mean = x.new_tensor(MEAN)[:, None, None]
+    std = x.new_tensor(STD)[:, None, None]
+    return (x - mean) / std
+
+
+class BasicBlock(nn.Module):
+    """y = relu(x' + bn2(conv2(relu(bn1(conv1(x)))))), x' = x or its 1 x 1 projection."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            if stride != 1 or inputs != outputs
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)).add_(shortcut), inplace=True)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 whose state dict is torchvision's `resnet18`, name by name and shape by shape.
+
+    generator: where the start weights are drawn from; None leaves a fixed seed of 0.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        self.fc = nn.Linear(POOLED, 1000)  # kept for the names' sake; PMSACL never trains it
+        initialise(self, generator or torch.Generator().manual_seed(0))
+
+    def stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
+        """Outputs of layer1 .. layer`last`: (B, 64, S/4, S/4) .. (B, 512, S/32, S/32).
+
+        x: (B, 3, S, S), normalised.
+        """
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.max_pool2d(x, 3, 2, 1)  # (B, 64, S/4, S/4)
+        outputs = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
+            x = layer(x)
+            outputs.append(x)
+        return outputs
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Mean of layer4 over its positions: (B, 3, S, S) normalised -> (B, 512)."""
+        return self.stages(x)[-1].mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ImageNet's logits: (B, 3, S, S) normalised -> (B, 1000)."""
+        return self.fc(self.pooled(x))
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """He et al.'s normal for convolutions, uniform(-1/sqrt(in), 1/sqrt(in)) for linear layers.
+
+    The distributions are torchvision's; the draws come from `generator` alone.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(
+                part.weight, mode="fan_out", nonlinearity="relu", generator=generator
+            )
+        elif isinstance(part, nn.Linear):
+            bound = 1 / math.sqrt(part.in_features)
+            nn.init.uniform_(part.weight, -bound, bound, generator=generator)
+            if part.bias is not None:
+                nn.init.uniform_(part.bias, -bound, bound, generator=generator)
+
+
+class Encoder(nn.Module):
+    """f_theta with its heads: z = head(backbone(x)), on the unit sphere or raw.   [P!(3) R20]
+
+    classes:   A, the number of classes that f_beta tells apart.
+    z_dim:     Z.
+    features:  "unit" scales z to length 1, "raw" leaves it as printed.
+    aug_head:  what f_beta sees: "backbone" (512-d) or "projection" (z).   [P!(8) R17]
+    generator: of the start weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int = 4,
+        z_dim: int = 128,
+        features: str = "unit",
+        aug_head: str = "backbone",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if features not in ("unit", "raw"):
+            raise ValueError(f"features must be 'unit' or 'raw', got {features!r}")
+        if aug_head not in ("backbone", "projection"):
+            raise ValueError(f"aug_head must be 'backbone' or 'projection', got {aug_head!r}")
+        super().__init__()
+        generator = generator or torch.Generator().manual_seed(0)
+        self.features, self.aug_head = features, aug_head
+        self.backbone = ResNet18(generator)
+        self.head = nn.Sequential(nn.Linear(POOLED, POOLED), nn.ReLU(), nn.Linear(POOLED, z_dim))
+        self.f_beta = nn.Linear(POOLED if aug_head == "backbone" else z_dim, classes)
+        self.f_gamma = nn.Linear(z_dim, 8)
+        for part in (self.head, self.f_beta, self.f_gamma):
+            initialise(part, generator)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z = f_theta(x) and the pooled backbone features h that it is made from.
+
+        x:       (B, 3, S, S) in [0, 1].
+        returns: z (B, Z), h (B, 512).
+        """
+        h = self.backbone.pooled(normalise(x))
+        z = self.head(h)
+        return (F.normalize(z, dim=1) if self.features == "unit" else z), h
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f_theta: (B, 3, S, S) in [0, 1] -> z (B, Z)."""
+        return self.embed(x)[0]
+
+    def aug_logits(self, z: Tensor, h: Tensor) -> Tensor:
+        """f_beta before its softmax: (B, A).   [P:(8)]"""
+        return self.f_beta(h if self.aug_head == "backbone" else z)
+
+    def position_logits(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """f_gamma before its softmax, on the difference of two patches: (B, 8).   [P!(9) R18]"""
+        return self.f_gamma(z1 - z2)
