@@ -1,0 +1,53 @@
+"""Fused operations of the method: `contrastive` (eq. 4-7) and `mahalanobis` (eq. 13).
+
+Each file holds, in this order: the reference, the Triton kernels, autograd, one public function.
+Triton is optional: without it (macOS, Windows) everything runs on the torch path. It is imported
+here once, so that the kernels can be *defined* anywhere and are only compiled where they run.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton: Any = SimpleNamespace(jit=lambda function: function)  # type: ignore[no-redef]
+    tl: Any = None  # type: ignore[no-redef]
+    HAS_TRITON = False
+
+__all__ = ["HAS_TRITON", "choose_backend", "tl", "triton"]
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """auto: "triton" on a GPU where Triton is installed, "torch" everywhere else.
+
+    backend: "auto", "torch" or "triton".
+    device:  of the tensors.
+    returns: "torch" or "triton".
+    raises:  ValueError if the name is unknown or "triton" cannot run here; it says what to do.
+    """
+    if backend == "auto":
+        return "triton" if HAS_TRITON and device.type == "cuda" else "torch"
+    if backend == "torch":
+        return backend
+    if backend != "triton":
+        raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+    if not HAS_TRITON:
+        raise ValueError(
+            'backend="triton" needs the Triton package, which is not installed: '
+            'pip install triton (Linux with a GPU), or use backend="torch"'
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'backend="triton" needs tensors on a GPU, got {device.type}: move them with .cuda(), '
+            'use backend="torch", or set TRITON_INTERPRET=1 before the import to debug on a CPU'
+        )
+    return backend
