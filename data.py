@@ -1,0 +1,716 @@
+"""Folder layouts, decoding and checking images, the phantom data set.
+
+PMSACL: Tian et al., "Self-supervised Pseudo Multi-class Pre-training for Unsupervised Anomaly
+Detection and Segmentation in Medical Images", section 4.1 (data sets). Augmentation is in
+medmix.py and everything that needs torch is elsewhere: this module needs numpy and pillow only.
+
+N images, S pixels a side. Images are uint8 (3, S, S) RGB, masks uint8 or bool (S, S), 1 = lesion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+T = TypeVar("T")
+
+EXTENSIONS = set(".png .jpg .jpeg .jpe .jfif .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
+NORMAL = {"good", "normal", "normal_test", "healthy"}
+MASKS = {"ground_truth", "anomaly_mask", "mask", "masks", "label", "annotation", "annotations"}
+HYPERKVASIR_NORMAL = ("bbps-2-3", "cecum", "ileum")  # [P:§4.1]
+HYPERKVASIR_DRAW = (1600, 500, 1000)  # train, test normal, test abnormal        [P:§4.1]
+MIN_SIZE = 32  # pixels a side asked for: one patch of the local encoder
+MIN_SIDE = 8  # pixels of a file's shorter side: under that it is an icon, not an image
+CACHE_VERSION = 1  # part of every cache key; raise it when decoding changes
+
+LOOKED_FOR = (
+    "train/ and test/ with good/ or normal/ and defect folders (MVTec, BMAD); "
+    "train_set/ and test_set/ (Hyper-Kvasir archive); data.json and images/ (MedIAnomaly); "
+    "cecum/, ileum/, bbps-2-3/ and segmented images/ and masks/ (HyperKvasir as shipped); "
+    "or images directly in the folder"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test image: label 0 normal or 1 abnormal, kind its folder's name, mask None if unknown."""
+
+    path: Path
+    label: int
+    kind: str
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `discover` found. layout names the convention; train holds normal images only."""
+
+    layout: str
+    root: Path
+    train: tuple[Path, ...]
+    test: tuple[Sample, ...]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any abnormal test image has a mask, so that pixel measures exist."""
+        return any(s.mask is not None for s in self.test)
+
+    def check_test(self) -> None:
+        """raises: ValueError if there is a test split but it has only one of the two classes."""
+        abnormal = sum(s.label for s in self.test)
+        if self.test and abnormal in (0, len(self.test)):
+            raise ValueError(
+                f"{self.root}: the test split holds {len(self.test) - abnormal} normal and "
+                f"{abnormal} abnormal images; the measures need both classes"
+            )
+
+
+# -------------------------------------------------------------------------------- layouts
+
+
+def discover(root: str | Path, *, seed: int = 0) -> Dataset:
+    """Recognise the layout of a folder and list its training and test images, sorted by path.
+
+    MVTec, BMAD, the Hyper-Kvasir archive, train|test/{normal,abnormal}, MedIAnomaly's data.json,
+    HyperKvasir as its site ships it, or one flat folder (training only). Names of folders match
+    in any case; hidden files are left out. valid/ (BMAD) is read only where test/ is missing.
+
+    root:    folder; no image is opened here.
+    seed:    of the draw of 1,600 / 500 / 1,000 images from HyperKvasir; unused elsewhere.
+    returns: Dataset; its test split may be empty or hold one class (see Dataset.check_test).
+    raises:  ValueError if no layout fits, no training image is found, or a mask has no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder of images")
+    for read in (_medianomaly, _splits, _hyperkvasir, _flat):
+        dataset = read(root, seed)
+        if dataset is not None:
+            break
+    else:
+        inside = ", ".join(sorted(_folders(root))[:8]) or "nothing"
+        raise ValueError(f"{root}: no image data set here (found: {inside}). Looked for {LOOKED_FOR}")
+    if not dataset.train:
+        raise ValueError(f"{root}: recognised as {dataset.layout}, but it has no training images")
+    return dataset
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _folders(folder: Path) -> dict[str, Path]:
+    """The visible subfolders, by lower-case name."""
+    return {p.name.lower(): p for p in sorted(folder.iterdir()) if _visible(p.name) and p.is_dir()}
+
+
+def _images(folder: Path, *, deep: bool = False) -> list[Path]:
+    """Files named as images, sorted; deep: also in subfolders, except those that hold masks."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        found += [Path(parent, f) for f in files if _visible(f)]
+        folders[:] = [f for f in folders if deep and _visible(f) and f.lower() not in MASKS]
+    return sorted(p for p in found if p.suffix.lower() in EXTENSIONS)
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Masks by the stem of their image: `000.png` and `000_mask.png` both belong to `000.*`."""
+    masks: dict[str, Path] = {}
+    for path in paths:
+        stem = path.stem[:-5] if path.stem.lower().endswith("_mask") else path.stem
+        if stem in masks:
+            raise ValueError(f"two masks for one image: {masks[stem]} and {path}; keep one")
+        masks[stem] = path
+    return masks
+
+
+def _refuse_orphans(masks: Iterable[Path], used: set[Path]) -> None:
+    orphans = [str(p) for p in masks if p not in used]
+    if orphans:
+        more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
+        raise ValueError(
+            f"masks without an image of the same name: {', '.join(orphans[:5])}{more}; "
+            "rename them, or add the images to the test folder"
+        )
+
+
+def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Sample, ...]:
+    """Test images with their masks, which are matched by stem and never by sorted order.
+
+    Masks of kind K lie in ROOT/ground_truth/K, TEST/K/anomaly_mask, or, for all the kinds
+    together, in ROOT/masks or TEST/masks (each under any of the names in MASKS).
+
+    kinds:   the images of each folder name.
+    raises:  ValueError if a mask belongs to no image.
+    """
+    holders = [f for parent in {root, test} for n, f in _folders(parent).items() if n in MASKS]
+    shared = _by_stem(p for f in holders for p in _images(f))
+    used: set[Path] = set()
+    samples = []
+    for kind, paths in kinds.items():
+        label = int(kind.lower() not in NORMAL)
+        inner = _folders(test / kind) if (test / kind).is_dir() else {}
+        own_folders = [f for n, f in inner.items() if n in MASKS]
+        own_folders += [s for f in holders for n, s in _folders(f).items() if n == kind.lower()]
+        own = _by_stem(p for f in own_folders for p in _images(f)) if label else {}
+        for path in paths:
+            mask = own.get(path.stem) or shared.get(path.stem)
+            used |= {mask} if mask else set()
+            samples.append(Sample(path, label, kind, mask if label else None))
+        _refuse_orphans(own.values(), used)
+    known = NORMAL | {kind.lower() for kind in kinds}
+    strays = [s for f in holders for n, s in _folders(f).items() if n not in known]
+    _refuse_orphans([*shared.values(), *(p for f in strays for p in _images(f))], used)
+    return tuple(samples)
+
+
+def _splits(root: Path, _seed: int) -> Dataset | None:
+    """train/ and test/ with one folder for each kind: MVTec, BMAD, the authors' archive."""
+    folders = _folders(root)
+    train = folders.get("train") or folders.get("train_set")
+    test = folders.get("test") or folders.get("test_set") or folders.get("valid")
+    if train is None:
+        return None
+    normal = [f for name, f in _folders(train).items() if name in NORMAL]
+    healthy = [p for f in normal for p in _images(f, deep=True)] if normal else _images(train)
+    if test is None:
+        return Dataset("train folder", root, tuple(healthy), ())
+    inner = {f.name: f for name, f in _folders(test).items() if name not in MASKS}
+    if not inner and _images(test):
+        raise ValueError(f"{test}: its images lie in no good/ or <defect>/ folder, so no label")
+    kinds = {name: _images(f, deep=True) for name, f in inner.items()}
+    if train.name.lower() == "train_set":
+        layout = "Hyper-Kvasir archive"
+    elif any(k.lower() == "ungood" or "img" in _folders(f) for k, f in inner.items()):
+        layout = "BMAD"
+    elif {k.lower() for k in kinds} <= {"normal", "abnormal"}:
+        layout = "train|test/{normal,abnormal}"
+    else:
+        layout = "MVTec"
+    return Dataset(layout, root, tuple(healthy), _samples(root, test, kinds))
+
+
+def _medianomaly(root: Path, _seed: int) -> Dataset | None:
+    """data.json: {"train": {"0": [names]}, "test": {"0": [names], "1": [names]}}; images/."""
+    listing, folder = root / "data.json", root / "images"
+    if not (listing.is_file() and folder.is_dir()):
+        return None
+    try:
+        lists = json.loads(listing.read_text(encoding="utf-8"))
+        train = [folder / name for name in lists["train"]["0"]]
+        kinds = {
+            kind: [folder / name for name in lists["test"].get(key, [])]
+            for key, kind in (("0", "normal"), ("1", "abnormal"))
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'{listing}: expected {{"train": {{"0": [...]}}, "test": {{"0": [...], "1": [...]}}}}'
+        ) from error
+    missing = [str(p) for p in [*train, *kinds["normal"], *kinds["abnormal"]] if not p.is_file()]
+    if missing:
+        raise ValueError(f"{listing}: {len(missing)} listed files are missing, first {missing[0]}")
+    return Dataset("MedIAnomaly", root, tuple(train), _samples(root, root, kinds))
+
+
+def _hyperkvasir(root: Path, seed: int) -> Dataset | None:
+    """labeled-images/…/{cecum,ileum,bbps-2-3} and segmented-images/{images,masks}.   [P:§4.1]
+
+    The paper's own subset is unpublished: 1,600 / 500 normal and 1,000 abnormal images are drawn.
+    """
+    walk = [Path(parent) for parent, _, _ in os.walk(root, followlinks=True)]
+    normal = [p for f in walk if f.name in HYPERKVASIR_NORMAL for p in _images(f)]
+    polyps = [f for f in walk if f.name == "images" and (f.parent / "masks").is_dir()]
+    if not normal or not polyps:
+        return None
+    masks = _by_stem(p for f in polyps for p in _images(f.parent / "masks"))
+    abnormal = [p for f in polyps for p in _images(f)]
+    _refuse_orphans(masks.values(), {masks[p.stem] for p in abnormal if p.stem in masks})
+    train, good, lesions = HYPERKVASIR_DRAW
+    if len(normal) < train + good or len(abnormal) < lesions:
+        raise ValueError(
+            f"{root}: HyperKvasir needs {train + good} normal and {lesions} segmented images, "
+            f"found {len(normal)} and {len(abnormal)}; unpack labeled-images and segmented-images"
+        )
+    rng = np.random.default_rng(seed)
+    picked = [normal[i] for i in rng.permutation(len(normal))[: train + good]]
+    drawn = sorted(rng.permutation(len(abnormal))[:lesions])
+    test = [Sample(p, 0, p.parent.name) for p in sorted(picked[train:])]
+    test += [Sample(abnormal[i], 1, "polyp", masks.get(abnormal[i].stem)) for i in drawn]
+    return Dataset("HyperKvasir", root, tuple(sorted(picked[:train])), tuple(test))
+
+
+def _flat(root: Path, _seed: int) -> Dataset | None:
+    found = _images(root)
+    return Dataset("one folder", root, tuple(found), ()) if found else None
+
+
+# --------------------------------------------------------------------------- single images
+
+
+def _load(path: Path) -> Image.Image:
+    """The first frame, decoded to its last byte and turned upright as EXIF says."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # a truncated file raises here
+            upright = ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except Exception as error:  # pillow's readers raise SyntaxError, struct.error, EOFError, …
+        raise ValueError(f"{path}: {error}") from error
+    if min(upright.size) < MIN_SIDE:
+        w, h = upright.size
+        raise ValueError(f"{path}: {w} x {h} pixels; the shorter side must have {MIN_SIDE}")
+    return upright
+
+
+def _check_size(size: int) -> None:
+    if size < MIN_SIZE:
+        raise ValueError(f"image size {size}: must be at least {MIN_SIZE} pixels, a patch")
+
+
+def _unit_range(values: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
+    """values / the smallest of `ranges` that holds the largest of them, in [0, 1]; float32."""
+    values = np.nan_to_num(values.astype(np.float32))
+    top = float(values.max())
+    return np.clip(values / next((r for r in ranges if top <= r), top), 0, 1)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits, always grey
+        ranges = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
+        grey = _unit_range(np.asarray(image), ranges)
+        return Image.fromarray(np.round(255 * grey).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path, size: int) -> np.ndarray:
+    """Read an image as a viewer shows it, resized to a square with antialiasing.
+
+    Grey, palette and CMYK become RGB; transparent parts show white, as on a page; EXIF
+    orientation is applied; of several frames the first counts. Files of more than 8 bits are
+    scaled by their range: 8, 12 or 16 bits, the smallest that holds the largest value.
+
+    path:    any file that pillow reads.
+    size:    S, pixels a side, at least 32; a smaller image is enlarged.
+    returns: uint8 (3, S, S).
+    raises:  ValueError, naming the file, if it is no image, is truncated, or is under 8 pixels.
+    """
+    _check_size(size)
+    image = _rgb(_load(Path(path))).resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -> np.ndarray:
+    """Read a lesion mask: binarised at half of its range, then resized to nearest neighbours.
+
+    The range is 1, 255 or 65535, the smallest that holds the largest value, so that masks of
+    {0, 1} and {0, 255} both work; a coloured mask counts by its brightest channel.
+
+    size:    S, pixels a side.
+    image:   the image it belongs to, if the two sizes are to be compared.
+    returns: bool (S, S), True in the lesion.
+    raises:  ValueError, naming the file, if it cannot be read, has another size than its image,
+             or holds only values below half (class numbers such as 2).
+    """
+    _check_size(size)
+    mask = _load(Path(path))
+    if image is not None:
+        with Image.open(image) as other:  # the header only
+            turned = other.getexif().get(0x0112, 1) >= 5  # EXIF orientation: width is height
+            shape = other.size[::-1] if turned else other.size
+        if mask.size != shape:
+            (w, h), (iw, ih) = mask.size, shape
+            raise ValueError(f"{path}: mask of {w} x {h} pixels for an image of {iw} x {ih}")
+    if mask.mode == "P" or mask.mode == "CMYK" or mask.has_transparency_data:
+        mask = _over_black(mask)
+    values = np.asarray(mask)
+    values = values.max(axis=2) if values.ndim == 3 else values
+    inside = _unit_range(values, (1, 255, 65535)) > 0.5 if values.any() else values > 0
+    if values.any() and not inside.any():
+        raise ValueError(f"{path}: no value above half, largest {values.max()}; write 0 and 255")
+    small = Image.fromarray(inside.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    return np.asarray(small).astype(bool)
+
+
+def _over_black(mask: Image.Image) -> Image.Image:
+    rgba = mask.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
+
+
+# -------------------------------------------------------------------------------- decoding
+
+
+def decode(
+    paths: Sequence[Path], size: int, cache_dir: str | Path, *, skip_bad: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode images once into a memory-map, so that an epoch reads memory and not JPEGs.
+
+    The cache is keyed by the list of files with sizes and times and by S: a changed file is
+    decoded again. It appears when complete; an interrupted call leaves nothing to be reused.
+
+    paths:    N images.
+    size:     S, pixels a side.
+    skip_bad: leave unreadable files out instead of raising.
+    returns:  uint8 memory-map (K, 3, S, S), read-only, and the int64 (K,) indices into paths
+              that it holds; K = N unless files were skipped.
+    raises:   ValueError, naming every unreadable file, unless skip_bad and some are readable.
+    """
+    _check_size(size)
+    images, bad = _cached(
+        [(p,) for p in paths],
+        lambda key: read_image(key[0], size),
+        (3, size, size),
+        cache_dir,
+        label="decoding images",
+        skip_bad=skip_bad,
+    )
+    return images, np.array([i for i in range(len(paths)) if i not in bad], dtype=np.int64)
+
+
+def decode_masks(
+    samples: Sequence[Sample], size: int, cache_dir: str | Path, *, skip_bad: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode the masks of N test images; a normal image has an empty mask, which is known.
+
+    skip_bad: count an unreadable mask as unknown instead of raising.
+    returns:  uint8 memory-map (N, S, S) of 0 and 1, read-only, and bool (N,): mask is known.
+    raises:   ValueError, naming every mask that is unreadable or of another size than its image.
+    """
+    _check_size(size)
+    keys = [(s.mask, s.path) if s.mask else () for s in samples]
+
+    def read(key: tuple[Path, ...]) -> np.ndarray:
+        if not key:
+            return np.zeros((size, size), np.uint8)
+        return read_mask(key[0], size, image=key[1]).astype(np.uint8)
+
+    masks, bad = _cached(
+        keys, read, (size, size), cache_dir, label="decoding masks", skip_bad=skip_bad, blank=True
+    )
+    known = [(s.label == 0 or s.mask is not None) and i not in bad for i, s in enumerate(samples)]
+    return masks, np.array(known, dtype=bool)
+
+
+def _cached(
+    keys: Sequence[tuple[Path, ...]],
+    read: Callable[[tuple[Path, ...]], np.ndarray],
+    shape: tuple[int, ...],
+    cache_dir: str | Path,
+    *,
+    label: str,
+    skip_bad: bool,
+    blank: bool = False,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The rows read(key), in order, from a raw file beside a JSON file that marks it complete.
+
+    blank:   keep a row of zeros for an unreadable key instead of leaving the row out.
+    returns: uint8 memory-map (rows, *shape) and the reason for each unreadable index.
+    """
+    if not keys:
+        return np.empty((0, *shape), np.uint8), {}
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = json.dumps([CACHE_VERSION, shape, blank, [[_stamp(p) for p in key] for key in keys]])
+    name = hashlib.sha256(stamp.encode()).hexdigest()[:24]
+    data, done = folder / f"{name}.u8", folder / f"{name}.json"
+    if not (data.is_file() and done.is_file()):
+        bad = _write_rows(keys, read, shape, data, label, blank)
+        part = folder / f"{name}.json.part-{os.getpid()}"
+        part.write_text(json.dumps(bad), encoding="utf-8")
+        os.replace(part, done)
+    bad = {int(i): reason for i, reason in json.loads(done.read_text(encoding="utf-8")).items()}
+    if bad and (not skip_bad or len(bad) == len(keys)):
+        why = "; ".join(bad.values())
+        hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
+        raise ValueError(f"{len(bad)} of {len(keys)} files cannot be used: {why}{hint}")
+    rows = len(keys) if blank else len(keys) - len(bad)
+    return np.memmap(data, np.uint8, "r", shape=(rows, *shape)), bad
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return os.path.abspath(path), -1, 0  # reported when it is read
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+def _write_rows(
+    keys: Sequence[tuple[Path, ...]],
+    read: Callable[[tuple[Path, ...]], np.ndarray],
+    shape: tuple[int, ...],
+    target: Path,
+    label: str,
+    blank: bool,
+) -> dict[int, str]:
+    """Write the rows to a partial file and rename it; pillow decodes outside Python's lock."""
+
+    def attempt(key: tuple[Path, ...]) -> np.ndarray | str:
+        try:
+            return read(key)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    for old in target.parent.glob(f"{target.name}.part-*"):  # of a killed run
+        if not _alive(int(old.name.rpartition("-")[2])):
+            old.unlink(missing_ok=True)
+    part = target.with_name(f"{target.name}.part-{os.getpid()}")
+    bad: dict[int, str] = {}
+    pool = ThreadPoolExecutor(_cores())
+    try:
+        # Plain writes: a full disk is then an OSError, where a memory-map would be a bus error.
+        with open(part, "wb") as file:
+            chunks = (keys[i : i + 32] for i in range(0, len(keys), 32))
+            rows = (row for chunk in chunks for row in pool.map(attempt, chunk))
+            for i, row in enumerate(progress(rows, len(keys), label)):
+                if isinstance(row, str):
+                    bad[i] = row
+                    row = np.zeros(shape if blank else (0,), np.uint8)
+                file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        part.unlink(missing_ok=True)
+    return bad
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return pid != os.getpid()
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+
+
+def progress(
+    items: Iterable[T], total: int, label: str, *, file: TextIO = sys.stderr, every: float = 10.0
+) -> Iterator[T]:
+    """Pass items on and show how many are done and the time left.
+
+    On a terminal one line is rewritten in place; elsewhere a line is printed every `every`
+    seconds, and a last one if the whole took at least a second.
+    """
+    start = shown = time.monotonic()
+    live, done, width = file.isatty(), 0, 0
+    try:
+        for item in items:
+            yield item
+            done += 1
+            now = time.monotonic()
+            if now - shown >= (0.1 if live else every) and done < total:
+                left = (now - start) / done * (total - done)
+                line = f"{label} {done}/{total}, {_clock(left)} left"
+                print(f"\r{line:<{width}}" if live else line, end="" if live else "\n", file=file)
+                file.flush()
+                shown, width = now, len(line)
+    finally:
+        took = time.monotonic() - start
+        line = f"{label} {done}/{total} in {_clock(took)}"
+        if live or took >= 1:
+            print(f"\r{line:<{width}}" if live else line, file=file, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+# ------------------------------------------------------------------------------- phantoms
+
+
+def phantom(
+    root: str | Path,
+    *,
+    train: int = 160,
+    good: int = 100,
+    abnormal: int = 100,
+    size: int = 128,
+    seed: int = 0,
+) -> None:
+    """Write procedural endoscopy-like images as an MVTec folder of PNG files with masks.
+
+    A stand-in for trying the program, never evidence about the method. The folder appears when
+    complete; one that the same call has written before is left as it is.
+
+    root:    folder to make: train/good, test/good, test/lesion, ground_truth/lesion.
+    train, good, abnormal: numbers of images; only the abnormal ones have lesions.
+    size:    pixels a side, at least 32.
+    seed:    image i of a split depends on the seed, the split and i alone.
+    raises:  ValueError for an impossible number, or if root holds something else.
+    """
+    _check_size(size)
+    if train < 1 or min(good, abnormal) < 0:
+        raise ValueError(f"phantom images: train={train}, good={good}, abnormal={abnormal}")
+    root = Path(root)
+    made = json.dumps(dict(train=train, good=good, abnormal=abnormal, size=size, seed=seed))
+    if root.is_dir() and any(root.iterdir()):
+        if (root / "phantom.json").is_file() and (root / "phantom.json").read_text() == made:
+            return
+        raise ValueError(f"{root}: holds something else; give the phantom images another folder")
+    part = root.with_name(f".{root.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for split in ("train/good", "test/good", "test/lesion", "ground_truth/lesion"):
+            (part / split).mkdir(parents=True)
+        jobs = [("train/good", i) for i in range(train)] + [("test/good", i) for i in range(good)]
+        jobs += [("test/lesion", i) for i in range(abnormal)]
+        for split, i in progress(jobs, len(jobs), "drawing phantom images"):
+            stream = ("train/good", "test/good", "test/lesion").index(split)
+            image, mask = _colonoscopy(
+                size, np.random.default_rng([seed, stream, i]), lesions=split == "test/lesion"
+            )
+            Image.fromarray(image).save(part / split / f"{i:04d}.png", compress_level=3)
+            if split == "test/lesion":
+                Image.fromarray(mask).save(part / "ground_truth/lesion" / f"{i:04d}_mask.png")
+        (part / "phantom.json").write_text(made)
+        os.replace(part, root)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _noise(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
+    """Smooth noise (S, S) of about unit variance, `cells` bumps a side."""
+    n = max(2, round(cells)) + 3
+    grid = Image.fromarray(rng.standard_normal((n, n)).astype(np.float32))
+    box = (1.5, 1.5, n - 1.5, n - 1.5)
+    return 1.4 * np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _colonoscopy(
+    size: int, rng: np.random.Generator, *, lesions: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """One view down a colon: uint8 image (S, S, 3) and mask (S, S) of 0 and 255.
+
+    A height field (haustral folds, unevenness, lesions) on a tube is lit from the camera; colour
+    is a mucosa tint with vessels; then highlights, vignetting, the scope's frame, sensor noise.
+    """
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j].astype(np.float32)  # (S, S)
+    frame = np.hypot(x, y)
+    x += 0.06 * _noise(rng, size, 3)  # the tube bends
+    y += 0.06 * _noise(rng, size, 3)
+    cx, cy = rng.uniform(0, 1.1) * _direction(rng)  # the lumen, often off the centre
+    u, v = x - cx, y - cy
+    angle, r = np.arctan2(v, u), np.hypot(u, v) + 1e-6
+    r *= 1 + rng.uniform(0.04, 0.16) * np.cos(3 * angle + rng.uniform(0, 6.28))  # three taeniae
+    u, v = u / np.maximum(np.hypot(u, v), 1e-3), v / np.maximum(np.hypot(u, v), 1e-3)
+
+    # Height: folds are rings in perspective, broken into crescents by noise.
+    turns = rng.uniform(1.2, 2.4) * np.log(r + 0.1) + 0.12 * _noise(rng, size, 3) + rng.uniform()
+    ring = 0.5 + 0.5 * np.cos(2 * np.pi * turns)
+    crest = np.clip(0.5 + 0.55 * _noise(rng, size, 2.5), 0, 1)
+    height = rng.uniform(0.05, 0.13) * crest * ring ** rng.uniform(2, 5) * np.minimum(r, 1)
+    height += 0.012 * _noise(rng, size, 5) + 0.003 * _noise(rng, size, 14)
+
+    tint = np.array([0.86, 0.50, 0.40]) * (1 + rng.normal(0, [0.04, 0.10, 0.12]))
+    other = tint * (1 + rng.normal(0, [0.03, 0.08, 0.10]))
+    blend = np.clip(0.5 + 0.4 * _noise(rng, size, 3), 0, 1)[..., None]
+    colour = blend * tint + (1 - blend) * other + 0.012 * _noise(rng, size, 20)[..., None]
+    vessel = _vessels(rng, size) * rng.uniform(0.05, 0.35)
+
+    mask = np.zeros((size, size), bool)
+    shadow = np.ones((size, size), np.float32)
+    for _ in range(1 + (rng.random() < 0.2) if lesions else 0):
+        inside, dome, rim, paint, pits = _lesion(rng, x, y, (cx, cy), frame)
+        mask |= inside > 0.5
+        height = height * (1 - 0.7 * inside) + dome
+        colour = colour * (1 + inside[..., None] * (paint - 1)) + (inside * pits)[..., None]
+        vessel = vessel * (1 - inside)
+        shadow = shadow * (1 - rim)
+
+    # Light from the camera: slopes that face it, that is away from the lumen, are bright.
+    gy, gx = (g * (size / 2) for g in np.gradient(height))
+    slope = gx * u + gy * v + 0.4 * (gx * rng.normal() + gy * rng.normal())
+    near = 1 - np.exp(-((r / rng.uniform(0.25, 0.5)) ** 1.6))  # falls off along the tube
+    light = near * np.clip(1 - 0.75 * slope, 0.25, 1.5) * shadow * rng.uniform(0.75, 1.05)
+    light *= 1 - rng.uniform(0.15, 0.4) * frame**2 / 2
+    absorb = np.array([0.35, 1.0, 0.9])  # blood takes green and blue
+    image = (0.03 + light[..., None]) * colour * (1 - vessel[..., None] * absorb)
+
+    wet = 0.5 * _noise(rng, size, 26) + 0.4 * _noise(rng, size, 9) - 1.2 * np.abs(slope + 0.25)
+    shine = np.clip((wet * near - rng.uniform(0.75, 1.15)) * 5, 0, 1) * (near > 0.3)
+    image += (0.75 * shine[..., None]) * (1 - image)
+    edge = rng.uniform(1.02, 1.5)  # the scope's round frame, often outside the picture
+    image *= np.clip((edge - frame) * size / 4, 0, 1)[..., None]
+    image += rng.normal(0, 0.012, image.shape)
+    image = np.clip(image, 0, 1) ** (1 / rng.uniform(0.95, 1.15))
+    return np.round(255 * image).astype(np.uint8), np.uint8(255) * mask
+
+
+def _direction(rng: np.random.Generator) -> np.ndarray:
+    angle = rng.uniform(0, 2 * np.pi)
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def _vessels(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Branching lines (S, S) in [0, 1]: where smooth noise crosses zero, coarse and fine."""
+    lines = np.zeros((size, size), np.float32)
+    for cells, width in ((4, 0.07), (8, 0.12)):
+        there = np.clip(0.3 + 0.8 * _noise(rng, size, 3), 0, 1)
+        wave = _noise(rng, size, cells) + 0.3 * _noise(rng, size, 3 * cells)
+        lines = np.maximum(lines, there * np.exp(-((wave / width) ** 2)))
+    return lines
+
+
+def _lesion(
+    rng: np.random.Generator,
+    x: np.ndarray,
+    y: np.ndarray,
+    lumen: tuple[float, float],
+    frame: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A raised polyp, or one time in four a flat lesion, away from the lumen and in the frame.
+
+    returns: coverage (S, S) in [0, 1], height (S, S), rim shadow (S, S), the factor (3,) on the
+             mucosa's colour, and the texture (S, S) added to it.
+    """
+    for _ in range(100):
+        at = rng.uniform(-0.75, 0.75, 2)
+        away = float(np.hypot(at[0] - lumen[0], at[1] - lumen[1]))
+        if away > 0.4 and np.hypot(*at) < 0.85:
+            break
+    size, flat = len(x), rng.random() < 0.25
+    radius = np.exp(rng.uniform(np.log(0.13), np.log(0.36))) * min(1.0, 0.6 + 0.4 * away)
+    turn, aspect = rng.uniform(0, np.pi), rng.uniform(1, 1.6)
+    dx, dy = x - at[0], y - at[1]
+    p = (np.cos(turn) * dx + np.sin(turn) * dy) / aspect**0.5
+    q = (np.cos(turn) * dy - np.sin(turn) * dx) * aspect**0.5
+    theta = np.arctan2(q, p)
+    outline = 1 + sum(
+        rng.normal(0, 0.16 / k) * np.cos(k * theta + rng.uniform(0, 6.28)) for k in range(2, 6)
+    )
+    rho = np.hypot(p, q) / (radius * outline)  # 1 on the outline
+    inside = np.clip((1 - rho) / rng.uniform(0.08, 0.25) + 0.5, 0, 1)
+    dome = np.sqrt(np.clip(1 - rho**2, 0, 1)) * radius * rng.uniform(0.35, 0.8)
+    lobes = 1 + 0.12 * _noise(rng, size, rng.uniform(6, 14))
+    rim = 0.35 * np.exp(-(((rho - 1.08) / 0.12) ** 2)) * rng.uniform(0.3, 1)
+    paints = ((1.04, 0.78, 0.80), (1.03, 1.12, 1.14), (0.90, 0.80, 0.74))  # red, pale, brown
+    paint = 1 + (np.array(paints[rng.integers(3)]) - 1) * rng.uniform(0.4, 1.2)
+    pits = rng.uniform(0.01, 0.04) * _noise(rng, size, rng.uniform(22, 40))
+    lift = 0.08 if flat else 1.0
+    return inside, lift * dome * lobes, lift * rim, paint, pits
