@@ -39,7 +39,6 @@ from kernels import choose_backend, tl, triton
 
 EPS = 1e-4  # clamp of the norm in eq. 6; eq. 3 drives that norm to zero              [P!(6) R6]
 MAX_Z = 512  # widest feature of the Triton path: a tile of rows must fit a processor
-DENSE_N = 320  # up to here the torch path holds the (R, N) matrix: fewer, larger operations
 TILE = 256  # side of a tile on the torch path: 256 kB, which a core's cache holds
 KAPPA_MAX = 43.0  # below it exp(+-kappa) N fits float32, and no maximum need be subtracted
 PROGRAMS = 256  # columns are split until so many programs run, whatever the card: same bits
@@ -133,15 +132,17 @@ def _tiles(f, n, blocks, same, different):
     yields: slice of rows, slice of columns, kappa (a number or a tile), the tile. It is a
             buffer that the next tile overwrites.
     """
-    buffer = f.new_empty(TILE * TILE)
+    label = n.to(f.dtype)  # compared into a float buffer: five times cheaper than into a mask
+    buffer, kappas = f.new_empty(2, min(len(f), TILE) ** 2)
     for k, (i0, i1, label_i) in enumerate(blocks):
         for j0, j1, label_j in blocks[k:]:
             if label_i % 2 == 1 and label_j % 2 == 1 and -1 not in (label_i, label_j):
                 continue  # neither side is a query
             i, j = slice(i0, i1), slice(j0, j1)
             e = buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-            if -1 in (label_i, label_j):
-                kappa = _kappa(n[i], n[j], same, different, f.dtype)
+            if label_i == -1 or label_j == -1:
+                kappa = torch.eq(label[i, None], label[None, j], out=kappas[: e.numel()].view_as(e))
+                kappa.mul_(same - different).add_(different)
                 torch.mm(f[i], f[j].T, out=e).mul_(kappa)
             else:
                 kappa = same if label_i // 2 == label_j // 2 else different
@@ -160,15 +161,19 @@ class _Tiled(torch.autograd.Function):
         same, different, positive_scale = kappa
         label = 2 * n + 1
         label[start:stop] -= 1
-        order = label.argsort(stable=True)
-        blocks = _blocks(torch.bincount(label).tolist())
+        if len(f) > TILE:
+            order = label.argsort(stable=True)
+            blocks = _blocks(torch.bincount(label).tolist())
+        else:  # one tile, which is kept for the backward pass
+            order, blocks = slice(None), [(0, len(f), -1)]
         total = f.new_zeros(len(f))  # sum_j exp(s_ij), sorted
-        for i, j, _, e in _tiles(f[order], n[order], blocks, same, different):
+        for tile in _tiles(f[order], n[order], blocks, same, different):
+            i, j, _, e = tile
             total[i] += e.sum(dim=1)
             if i != j:
                 total[j] += e.sum(dim=0)
-        ctx.save_for_backward(f, n, pair, order, total)
-        ctx.rest = kappa, start, stop, blocks
+        ctx.save_for_backward(f, n, pair, total)
+        ctx.rest = kappa, start, stop, order, blocks, [tile] if len(blocks) == 1 else None
         lse = torch.empty_like(total)
         lse[order] = total.log()
         return (lse - positive_scale * (f * f[pair]).sum(dim=1))[start:stop]
@@ -176,14 +181,14 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        f, n, pair, order, total = ctx.saved_tensors
-        (same, different, positive_scale), start, stop, blocks = ctx.rest
+        f, n, pair, total = ctx.saved_tensors
+        (same, different, positive_scale), start, stop, order, blocks, kept = ctx.rest
         weight = f.new_zeros(len(f))
         weight[start:stop] = g  # (N,), zero where a view is no query
         over = weight[order] / total
-        f_sorted, both = f[order], f.new_empty(TILE * TILE)
+        f_sorted, both = f[order], f.new_empty(min(len(f), TILE) ** 2)
         df_sorted = torch.zeros_like(f)
-        for i, j, kappa, e in _tiles(f_sorted, n[order], blocks, same, different):
+        for i, j, kappa, e in kept or _tiles(f_sorted, n[order], blocks, same, different):
             w = both[: e.numel()].view_as(e)
             torch.add(over[i, None], over[None, j], out=w)
             w.mul_(e)  # g_i p_ij + g_j p_ji
@@ -200,12 +205,10 @@ class _Tiled(torch.autograd.Function):
 
 
 def _torch_losses(z, n, pair, c, kappa, start, stop):
-    """[P:(5)] on the torch path, (R,): dense when small, else tiles, else strips of rows."""
+    """[P:(5)] on the torch path, (R,): in tiles, or in strips of rows for a great kappa."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     with torch.autocast(z.device.type, enabled=False):
         f = centred_features(z.to(dtype), n, c.to(dtype))
-        if len(z) <= DENSE_N:
-            return _row_losses(f, n, pair, kappa, start, stop)
         if max(kappa[:2]) < KAPPA_MAX:
             return _Tiled.apply(f, n, pair, kappa, start, stop)
         strips = [(a, min(a + TILE, stop)) for a in range(start, stop, TILE)]
