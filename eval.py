@@ -16,11 +16,12 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -42,7 +43,6 @@ class Config:
     levels: int = 2**14  # thresholds tried for the best mean Dice           [P!§4.3 R9]
     batch_size: int = 8  # images scored at a time
     device: str = "auto"  # cuda if there is one
-    paper_protocol: bool = False  # keep the validation images in            [P!§4.3 R8]
 
 
 DEFAULT = Config()
@@ -61,6 +61,8 @@ def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array
     reached = np.zeros(len(positive), np.int64)
     for block in negatives:
         block = np.sort(block)
+        if np.isnan(block[-1:]).any() or np.isnan(positive[-1:]).any():  # NaN is sorted last
+            raise ValueError("a score is NaN")
         above += len(block) - np.searchsorted(block, positive, "right")
         reached += len(block) - np.searchsorted(block, positive, "left")
     return above, reached
@@ -224,8 +226,8 @@ def pixel_measures(
     negatives = (np.concatenate([maps[i][~masks[i].astype(bool)] for i in p]) for p in blocks)
     above, reached = _negatives_above(positive, negatives)
     total = sum(masks[i].size for i in index) - len(positive)
-    if not total or np.isnan(positive[-1]):
-        raise ValueError("no normal pixel in the masks" if not total else "a heat map holds NaN")
+    if not total:
+        raise ValueError(f"no normal pixel in the masks of {len(index)} images")
     area = (2 * len(positive) * total - int(above.sum()) - int(reached.sum())) / 2
     a, b = above / total, reached / total
     cut = np.maximum(fpr_limit - a, 0) ** 2 / np.maximum(2 * (b - a), 1e-300)
@@ -243,9 +245,8 @@ def dice_threshold(
     returns: the threshold (the highest of several) and the mean Dice there.
     """
     size = maps[0].size
-    step = (len(index) * size >> 22) | 1  # 4 M scores are enough to rank by; odd: meets all columns
-    pooled = np.unique(np.concatenate([np.ravel(maps[i])[k % step :: step] for k, i in
-                                       enumerate(index)]))  # fmt: skip
+    step = (len(index) * size >> 22) | 1  # 4 M scores suffice to rank by; odd, to meet all columns
+    pooled = np.unique(np.concatenate([np.ravel(maps[i])[i % step :: step] for i in index]))
     ranks = np.linspace(0, len(pooled) - 1, min(levels, len(pooled))).round().astype(int)
     t = pooled[ranks][::-1]  # (T,) from strict to lax
     total = np.zeros(len(t))
@@ -300,8 +301,8 @@ def protocol(
     known:   (N,) false where an abnormal image's mask is unknown: left out of pixel measures.
     seed:    of the validation images and of the five groups.
     paper_protocol: measure on all test images, those that set the thresholds included.
-    returns: a row of results.json: image_auroc, specificity, sensitivity, accuracy, threshold;
-             with masks also what `localisation` returns; images (counts) and notes (sentences).
+    returns: a row of results.json: image_auroc, specificity, sensitivity, accuracy, threshold,
+             images (counts), notes (sentences); with masks also what `localisation` returns.
     raises:  ValueError if a class has fewer than two images, or a score is NaN.
     """
     s, y = np.asarray(scores, np.float64), np.asarray(labels).astype(bool)
@@ -316,85 +317,95 @@ def protocol(
         for kind, abnormal in (("normal", False), ("abnormal", True))
     }
     row["notes"] = []
-    if (
-        min(row["images"]["validation_normal"], row["images"]["validation_abnormal"])
-        < config.validation
-    ):
+    if min(validation[~y].sum(), validation[y].sum()) < config.validation:
         row["notes"].append(
-            f"A class has fewer than {2 * config.validation} test images: half of it, "
-            f"not {config.validation}, helps to set the thresholds."
+            f"A class has fewer than {2 * config.validation} test images: half of it, not "
+            f"{config.validation}, helps to set the thresholds."
         )
     if paper_protocol:
         row["notes"].append("The images that set the thresholds are measured as well.")
-    if maps is not None and masks is not None:
-        known = np.ones(len(y), bool) if known is None else np.asarray(known, bool)
-        row |= localisation(maps, masks, known, y, validation, test, seed, row["notes"], config)
-    return row
+    if maps is None or masks is None:
+        return row
+    lesion = y & np.array([bool(m.any()) for m in masks])
+    lesion &= True if known is None else np.asarray(known, bool)
+    tune, rest = np.flatnonzero(lesion & validation), np.flatnonzero(lesion & test)
+    if unused := int((y & ~lesion).sum()):
+        row["notes"].append(f"{unused} abnormal images have no mask: left out of pixel measures.")
+    if not len(tune) or not len(rest):
+        row["notes"].append("Too few masks for the pixel measures.")
+        return row
+    groups = abnormal_groups(rest, seed, config)
+    if len(groups) == 1:
+        row["notes"].append(f"{len(rest)} abnormal images: one group, so no standard deviation.")
+    elif len(rest) < config.groups * config.group_size:
+        row["notes"].append(
+            f"The {len(groups)} groups of {config.group_size} are drawn from {len(rest)} abnormal "
+            "images and share some: their standard deviation is too small."
+        )
+    everything = np.flatnonzero(test & (lesion | ~y))
+    return row | localisation(maps, masks, tune, groups, rest, everything, config)
+
+
+def abnormal_groups(index: Array, seed: int, config: Config = DEFAULT) -> list[Array]:
+    """Five groups of 100 abnormal images; only one, of all, if there are no more.   [P:§4.5.1]
+
+    returns: arrays of indices, disjoint if there are 500 images or more.
+    """
+    rng = np.random.default_rng([seed, 1])
+    if len(index) <= config.group_size:
+        return [index]
+    if len(index) < config.groups * config.group_size:
+        return [rng.choice(index, config.group_size, replace=False) for _ in range(config.groups)]
+    return list(
+        rng.permutation(index)[: config.groups * config.group_size].reshape(config.groups, -1)
+    )
 
 
 def localisation(
     maps: Array,
     masks: Array,
-    known: Array,
-    labels: Array,
-    validation: Array,
-    test: Array,
-    seed: int,
-    notes: list[str],
+    tune: Array,
+    groups: Sequence[Array],
+    rest: Array,
+    everything: Array,
     config: Config = DEFAULT,
 ) -> dict[str, Any]:
-    """The pixel measures of a row, for the images that validation and test select.   [P!§4.3 R9]
+    """IoU, Dice and Pro over groups as in Table 6, pixel AUROC and AUPRO over all.   [P!§4.3 R9]
 
-    notes:   receives a sentence for whatever differs from the paper's protocol.
-    returns: pixel_threshold; iou, dice, pro (means over the groups of abnormal images, as Table 6)
-             and their standard deviations *_sd (None for one group); best_possible (threshold,
-             dice, iou on the measured images themselves); pixel_auroc and aupro, of all measured
-             images, normal ones with an empty mask. Empty if no mask can be used.
+    tune:    indices of the abnormal images that set the pixel threshold.
+    groups:  of abnormal images; rest: all abnormal images measured; everything: normal ones too.
+    returns: pixel_threshold; iou, dice, pro and *_sd over groups (None for one group);
+             best_possible (threshold, dice, iou on the measured images themselves); pixel_auroc
+             and aupro of everything, where a normal image is an empty mask.
     """
-    lesion = labels & known & np.array([bool(m.any()) for m in masks])
-    tune, rest = np.flatnonzero(lesion & validation), np.flatnonzero(lesion & test)
-    if len(unused := np.flatnonzero(labels & ~lesion)):
-        notes.append(
-            f"{len(unused)} abnormal images without a usable mask: no pixel measures there."
-        )
-    if not len(tune) or not len(rest):
-        notes.append("Too few masks for the pixel measures.")
-        return {}
     t, _ = dice_threshold(maps, masks, tune, config.levels)
-    best_t, best_dice = dice_threshold(maps, masks, rest, config.levels)
-    rng = np.random.default_rng([seed, 1])
-    g, size = config.groups, config.group_size
-    if len(rest) <= size:
-        groups = [rest]
-        notes.append(f"{len(rest)} abnormal images: one group, so no standard deviation.")
-    elif len(rest) >= g * size:
-        groups = list(rng.permutation(rest)[: g * size].reshape(g, size))
-    else:
-        groups = [rng.choice(rest, size, replace=False) for _ in range(g)]
-        notes.append(f"The {g} groups of {size} share images: only {len(rest)} are abnormal.")
-    overlap = {"iou": iou, "dice": dice}
-    per_image = {k: np.zeros(len(labels)) for k in overlap}
-    best_iou = 0.0
+    best, best_dice = dice_threshold(maps, masks, rest, config.levels)
+    overlap = np.zeros((3, len(maps)))  # IoU, Dice and the best possible IoU of each image
     for i in rest:
         mask = np.asarray(masks[i], bool)
-        for k, measure in overlap.items():
-            per_image[k][i] = measure(maps[i] >= t, mask)
-        best_iou += float(iou(maps[i] >= best_t, mask)) / len(rest)
-    means = {k: [float(v[group].mean()) for group in groups] for k, v in per_image.items()}
-    means["pro"] = [pixel_measures(maps, masks, group, config.fpr_limit)[1] for group in groups]
+        overlap[:, i] = (
+            iou(maps[i] >= t, mask),
+            dice(maps[i] >= t, mask),
+            iou(maps[i] >= best, mask),
+        )
+    means = {
+        "iou": [overlap[0, group].mean() for group in groups],
+        "dice": [overlap[1, group].mean() for group in groups],
+        "pro": [pixel_measures(maps, masks, group, config.fpr_limit)[1] for group in groups],
+    }
     row: dict[str, Any] = {"pixel_threshold": t}
-    for k, values in means.items():
-        row[k] = float(np.mean(values))
-        row[f"{k}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    row["best_possible"] = {"threshold": best_t, "dice": best_dice, "iou": best_iou}
-    measured = np.flatnonzero(test & (lesion | ~labels))
-    row["pixel_auroc"], row["aupro"] = pixel_measures(maps, masks, measured, config.fpr_limit)
+    for name, values in means.items():
+        row[name] = float(np.mean(values))
+        row[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    best_iou = float(overlap[2, rest].mean())
+    row["best_possible"] = {"threshold": best, "dice": best_dice, "iou": best_iou}
+    row["pixel_auroc"], row["aupro"] = pixel_measures(maps, masks, everything, config.fpr_limit)
     return row
 
 
 def score_set(
     detector: Any, images: Array, *, batch: int = DEFAULT.batch_size, label: str = "score"
-):
+) -> tuple[Array, Array]:
     """Scores and heat maps of a whole set, with a progress line.
 
     detector: score(images (B, 3, S, S) uint8) -> maps (B, S, S) float32, scores (B,).
@@ -403,20 +414,17 @@ def score_set(
     raises:   ValueError if a score or heat map is NaN.
     """
     n, side = len(images), images.shape[-1]
-    scores, shape = np.zeros(n, np.float32), (n, side, side)
+    scores, maps = np.zeros(n, np.float32), np.zeros((0, side, side), np.float32)
     if n * side * side > 2**28:
         with tempfile.TemporaryFile() as file:
-            maps: Array = np.memmap(file, np.float32, "w+", shape=shape)
+            maps = np.memmap(file, np.float32, "w+", shape=(n, side, side))
     else:
-        maps = np.zeros(shape, np.float32)
-    starts = range(0, n, batch)
-    for k in data.progress(starts, len(starts), label):
-        found, value = detector.score(np.asarray(images[k : k + batch]))
-        maps[k : k + batch], scores[k : k + batch] = found.cpu().numpy(), value.cpu().numpy()
-        if np.isnan(scores[k : k + batch]).any() or np.isnan(maps[k : k + batch]).any():
-            raise ValueError(
-                f"{label}: the detector gives NaN for images {k} to {k + len(value) - 1}"
-            )
+        maps = np.zeros((n, side, side), np.float32)
+    for k in data.progress(range(0, n, batch), -(-n // batch), label):
+        part = slice(k, k + batch)
+        maps[part], scores[part] = (v.cpu().numpy() for v in detector.score(np.array(images[part])))
+        if np.isnan(scores[part]).any() or np.isnan(maps[part]).any():
+            raise ValueError(f"{label}: the detector gives NaN in images {k} to {k + batch - 1}")
     return scores, maps
 
 
@@ -439,40 +447,28 @@ def evaluate(
     dataset:   its `test` samples belong to images, one each, in order.
     detectors: name of the row (padim, igd, untrained) -> detector; scored one after the other.
     images:    (N, 3, S, S) uint8.   masks: (N, S, S).   known: (N,) bool.
-    extra:     top-level entries of results.json: config, seconds, init.
+    extra:     top-level entries of results.json: config, seconds, init, rows of other detectors.
     returns:   what results.json holds. Nothing is written before all of it is computed.
     raises:    ValueError as `protocol`, before anything is scored.
     """
-    labels = np.array([s.label for s in dataset.test], bool)
-    if len(labels) != len(images):
-        raise ValueError(f"{len(images)} images for {len(labels)} test samples")
-    validation = validation_split(labels, seed)
+    if len(dataset.test) != len(images):
+        raise ValueError(f"{len(images)} images for {len(dataset.test)} test samples")
+    dataset.check_test()
     started = time.perf_counter()
-    rows: dict[str, Any] = {}
-    scores: dict[str, Array] = {}
-    figures: dict[str, Image.Image] = {}
+    labels = np.array([sample.label for sample in dataset.test], bool)
+    validation = validation_split(labels, seed)
+    usable = ~validation & (known if masks is not None and known is not None else True)
+    rows, scores, figures = {}, {}, {}
     for name, detector in detectors.items():
-        scores[name], maps = score_set(detector, images, batch=batch, label=f"score {name}")
-        row = protocol(
-            scores[name], labels, maps, masks, known, seed=seed, paper_protocol=paper_protocol
-        )
-        row["map_scale"] = map_scale(maps[~labels & ~validation], maps[labels & ~validation])
-        row["data"] = {"layout": dataset.layout, "root": str(dataset.root)}
-        row["data"] |= {"seed": seed, "paper_protocol": paper_protocol}
-        rows[name] = row
-        shown = choose_cases(
-            scores[name], labels, ~validation & (known if known is not None else True)
-        )
+        s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
+        row = protocol(s, labels, maps, masks, known, seed=seed, paper_protocol=paper_protocol)
+        row["map_scale"] = map_scale(maps, labels)
+        row["data"] = _data_key(dataset, seed, paper_protocol)
+        shown = choose_cases(s, labels, usable)
         figures[name] = localisation_figure(
-            [images[i] for i in shown],
-            [maps[i] for i in shown],
-            None if masks is None else [masks[i] for i in shown],
-            [dataset.test[i].kind for i in shown],
-            scores[name][shown],
-            labels[shown],
-            row,
-            title=name,
+            images, maps, masks, dataset.test, s, row, shown, title=name
         )
+        rows[name], scores[name] = row, s
     results = {**rows, **(extra or {})}
     results["seconds"] = {**results.get("seconds", {}), "evaluate": time.perf_counter() - started}
     write_results(run, results)
@@ -480,6 +476,12 @@ def evaluate(
     for name, figure in figures.items():
         write_file(run / "figures" / f"localisation_{name}.png", png(figure))
     return results
+
+
+def _data_key(dataset: data.Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
+    """What two rows of a results table must share to be comparable."""
+    key = {"layout": dataset.layout, "root": str(dataset.root), "seed": seed}
+    return key | {"paper_protocol": paper_protocol}
 
 
 # --- Tables ------------------------------------------------------------------------------------
@@ -491,78 +493,49 @@ _LOCALISATION = ("IoU", "Dice", "Pro")
 # fmt: off
 PAPER: dict[int, tuple[str, tuple[str, ...], dict[str, tuple[float, ...]]]] = {
     1: ("Hyper-Kvasir", _DETECTION, {
-        "DAE": (0.705, 0.522, 0.756, 0.693),
-        "OCGAN": (0.813, 0.691, 0.811, 0.795),
-        "f-AnoGAN": (0.907, 0.846, 0.915, 0.883),
-        "ADGAN": (0.913, 0.879, 0.946, 0.893),
-        "MS-SSIM": (0.917, 0.857, 0.925, 0.912),
-        "PANDA": (0.937, 0.805, 0.919, 0.917),
-        "CutPaste": (0.949, 0.847, 0.957, 0.932),
-        "PaDiM": (0.943, 0.846, 0.929, 0.898),
-        "CCD - PaDiM": (0.978, 0.923, 0.961, 0.967),
-        "PMSACL - PaDiM": (0.996, 0.966, 0.981, 0.983),
-        "IGD": (0.939, 0.858, 0.913, 0.906),
-        "CCD - IGD": (0.972, 0.934, 0.947, 0.956),
+        "DAE": (0.705, 0.522, 0.756, 0.693), "OCGAN": (0.813, 0.691, 0.811, 0.795),
+        "f-AnoGAN": (0.907, 0.846, 0.915, 0.883), "ADGAN": (0.913, 0.879, 0.946, 0.893),
+        "MS-SSIM": (0.917, 0.857, 0.925, 0.912), "PANDA": (0.937, 0.805, 0.919, 0.917),
+        "CutPaste": (0.949, 0.847, 0.957, 0.932), "PaDiM": (0.943, 0.846, 0.929, 0.898),
+        "CCD - PaDiM": (0.978, 0.923, 0.961, 0.967), "PMSACL - PaDiM": (0.996, 0.966, 0.981, 0.983),
+        "IGD": (0.939, 0.858, 0.913, 0.906), "CCD - IGD": (0.972, 0.934, 0.947, 0.956),
         "PMSACL - IGD": (0.995, 0.947, 0.965, 0.972),
     }),
     2: ("LAG", _DETECTION, {
-        "MS-SSIM": (0.823, 0.257, 0.937, 0.774),
-        "f-AnoGAN": (0.778, 0.565, 0.899, 0.763),
-        "PANDA": (0.789, 0.624, 0.869, 0.767),
-        "CutPaste": (0.745, 0.372, 0.788, 0.685),
-        "PaDiM": (0.688, 0.314, 0.809, 0.673),
-        "CCD - PaDiM": (0.728, 0.429, 0.779, 0.694),
-        "PMSACL - PaDiM": (0.761, 0.466, 0.877, 0.753),
-        "IGD": (0.796, 0.396, 0.958, 0.805),
-        "CCD - IGD": (0.874, 0.572, 0.944, 0.875),
-        "PMSACL - IGD": (0.908, 0.531, 0.979, 0.884),
+        "MS-SSIM": (0.823, 0.257, 0.937, 0.774), "f-AnoGAN": (0.778, 0.565, 0.899, 0.763),
+        "PANDA": (0.789, 0.624, 0.869, 0.767), "CutPaste": (0.745, 0.372, 0.788, 0.685),
+        "PaDiM": (0.688, 0.314, 0.809, 0.673), "CCD - PaDiM": (0.728, 0.429, 0.779, 0.694),
+        "PMSACL - PaDiM": (0.761, 0.466, 0.877, 0.753), "IGD": (0.796, 0.396, 0.958, 0.805),
+        "CCD - IGD": (0.874, 0.572, 0.944, 0.875), "PMSACL - IGD": (0.908, 0.531, 0.979, 0.884),
     }),
     3: ("Liu et al.", _DETECTION, {
-        "DAE*": (0.629, 0.733, 0.554, 0.597),
-        "OCGAN*": (0.592, 0.716, 0.534, 0.624),
-        "ADGAN*": (0.730, 0.852, 0.496, 0.713),
-        "f-AnoGAN": (0.735, 0.865, 0.579, 0.694),
-        "PANDA": (0.719, 0.846, 0.551, 0.671),
-        "CutPaste": (0.779, 0.895, 0.772, 0.738),
-        "PaDiM": (0.741, 0.851, 0.738, 0.751),
-        "CCD - PaDiM": (0.789, 0.946, 0.792, 0.767),
-        "PMSACL - PaDiM": (0.814, 0.973, 0.725, 0.803),
-        "IGD": (0.787, 0.914, 0.596, 0.743),
-        "CCD - IGD": (0.837, 0.985, 0.774, 0.815),
-        "PMSACL - IGD": (0.851, 0.986, 0.792, 0.829),
+        "DAE*": (0.629, 0.733, 0.554, 0.597), "OCGAN*": (0.592, 0.716, 0.534, 0.624),
+        "ADGAN*": (0.730, 0.852, 0.496, 0.713), "f-AnoGAN": (0.735, 0.865, 0.579, 0.694),
+        "PANDA": (0.719, 0.846, 0.551, 0.671), "CutPaste": (0.779, 0.895, 0.772, 0.738),
+        "PaDiM": (0.741, 0.851, 0.738, 0.751), "CCD - PaDiM": (0.789, 0.946, 0.792, 0.767),
+        "PMSACL - PaDiM": (0.814, 0.973, 0.725, 0.803), "IGD": (0.787, 0.914, 0.596, 0.743),
+        "CCD - IGD": (0.837, 0.985, 0.774, 0.815), "PMSACL - IGD": (0.851, 0.986, 0.792, 0.829),
     }),
     4: ("Covid-X", _DETECTION, {
-        "MS-SSIM": (0.634, 0.572, 0.406, 0.577),
-        "f-AnoGAN": (0.669, 0.718, 0.365, 0.532),
-        "PANDA": (0.629, 0.762, 0.447, 0.591),
-        "CutPaste": (0.658, 0.701, 0.494, 0.648),
-        "PaDiM": (0.614, 0.753, 0.318, 0.559),
-        "CCD - PaDiM": (0.632, 0.673, 0.569, 0.616),
-        "PMSACL - PaDiM": (0.658, 0.749, 0.467, 0.615),
-        "IGD": (0.699, 0.885, 0.490, 0.688),
-        "CCD - IGD": (0.746, 0.851, 0.595, 0.722),
-        "PMSACL - IGD": (0.872, 0.863, 0.775, 0.813),
+        "MS-SSIM": (0.634, 0.572, 0.406, 0.577), "f-AnoGAN": (0.669, 0.718, 0.365, 0.532),
+        "PANDA": (0.629, 0.762, 0.447, 0.591), "CutPaste": (0.658, 0.701, 0.494, 0.648),
+        "PaDiM": (0.614, 0.753, 0.318, 0.559), "CCD - PaDiM": (0.632, 0.673, 0.569, 0.616),
+        "PMSACL - PaDiM": (0.658, 0.749, 0.467, 0.615), "IGD": (0.699, 0.885, 0.490, 0.688),
+        "CCD - IGD": (0.746, 0.851, 0.595, 0.722), "PMSACL - IGD": (0.872, 0.863, 0.775, 0.813),
     }),
     5: ("standard deviations", _DETECTION, {
-        "Hyper-Kvasir": (0.0084, 0.0079, 0.0127, 0.0036),
-        "LAG": (0.0163, 0.0085, 0.0105, 0.0121),
+        "Hyper-Kvasir": (0.0084, 0.0079, 0.0127, 0.0036), "LAG": (0.0163, 0.0085, 0.0105, 0.0121),
         "Covid-X": (0.0107, 0.0149, 0.0092, 0.0171),
     }),
     6: ("Hyper-Kvasir", _LOCALISATION, {
-        "PaDiM": (0.341, 0.475, 0.803),
-        "CCD - PaDiM": (0.378, 0.497, 0.881),
-        "PMSACL - PaDiM": (0.406, 0.554, 0.854),
-        "IGD": (0.303, 0.417, 0.794),
-        "CCD - IGD": (0.372, 0.502, 0.865),
-        "PMSACL - IGD": (0.384, 0.521, 0.876),
+        "PaDiM": (0.341, 0.475, 0.803), "CCD - PaDiM": (0.378, 0.497, 0.881),
+        "PMSACL - PaDiM": (0.406, 0.554, 0.854), "IGD": (0.303, 0.417, 0.794),
+        "CCD - IGD": (0.372, 0.502, 0.865), "PMSACL - IGD": (0.384, 0.521, 0.876),
     }),
     7: ("LAG", _LOCALISATION, {
-        "PaDiM": (0.427, 0.579, 0.596),
-        "CCD - PaDiM": (0.462, 0.612, 0.634),
-        "PMSACL - PaDiM": (0.475, 0.643, 0.628),
-        "IGD": (0.409, 0.539, 0.603),
-        "CCD - IGD": (0.509, 0.645, 0.677),
-        "PMSACL - IGD": (0.516, 0.667, 0.693),
+        "PaDiM": (0.427, 0.579, 0.596), "CCD - PaDiM": (0.462, 0.612, 0.634),
+        "PMSACL - PaDiM": (0.475, 0.643, 0.628), "IGD": (0.409, 0.539, 0.603),
+        "CCD - IGD": (0.509, 0.645, 0.677), "PMSACL - IGD": (0.516, 0.667, 0.693),
     }),
 }
 # fmt: on
@@ -591,71 +564,71 @@ def png(image: Image.Image, source: str = "") -> bytes:
 
 def write_results(run: Path, results: Mapping[str, Any]) -> None:
     """results.json as given, and results.md in the paper's column order."""
-    content = json.dumps(results, indent=2, allow_nan=False, default=str)
+    content = json.dumps(
+        results,
+        indent=2,
+        allow_nan=False,
+        default=lambda v: v.item() if isinstance(v, np.generic) else str(v),
+    )
     write_file(run / "results.json", f"{content}\n".encode())
     write_file(run / "results.md", results_table(results).encode())
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """results.md: Table 1's and Table 6's columns, the paper's row below ours on the same data.
+    """results.md: the columns of Tables 1 and 6, then thresholds and notes.
 
-    The paper's figures appear only if Dataset.layout says that the data set is Hyper-Kvasir.
+    The paper's row stands below ours only if Dataset.layout says that the data set is
+    Hyper-Kvasir: the paper's archive, or the site's images, of which it is a draw.
     """
     rows = {k: v for k, v in results.items() if isinstance(v, dict) and "image_auroc" in v}
     first = next(iter(rows.values()))
-    layout = first["data"]["layout"] if "data" in first else ""
-    same = "hyperkvasir" in layout.lower().replace("-", "").replace(" ", "").replace("_", "")
-    count = first["images"]
+    origin, count = first.get("data", {"layout": "layout not said", "root": "-"}), first["images"]
+    same = origin["layout"].replace("-", "").lower().startswith("hyperkvasir")
 
-    def table(number: int, keys: Sequence[str], header: Sequence[str]) -> list[str]:
-        lines = ["| | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
+    def table(number: int, keys: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+        header = ["", *PAPER[number][1], *more]
+        lines = [header, ["---"] * len(header)]
         for name, row in rows.items():
             if keys[0] not in row:
                 continue
-            cells = [f"{row[k]:.3f}" + (f" ± {row[sd]:.3f}" if row.get(sd := f"{k}_sd") else "")
-                     for k in keys]  # fmt: skip
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            sd = [row.get(f"{k}_sd") for k in keys]
+            cells = [f"{row[k]:.3f}" + (f" ± {d:.3f}" if d is not None else "")
+                     for k, d in zip(keys, sd, strict=True)]  # fmt: skip
+            lines.append([name, *cells])
             if same and name in _OURS:
                 printed = [f"{v:.3f}" for v in PAPER[number][2][_OURS[name]]]
-                printed += [""] * (len(header) - len(printed))
-                label = f"paper, Table {number}: {_OURS[name]}"
-                lines.append(f"| *{label}* | " + " | ".join(printed) + " |")
-        return [*lines, ""]
+                lines.append(
+                    [f"paper, Table {number}: {_OURS[name]}", *printed, *("" for _ in more)]
+                )
+        return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
     text = [
-        "# Results",
-        "",
-        f"Data: {first.get('data', {}).get('root', 'not said')} ({layout or 'layout not said'}). "
-        f"Thresholds from {count['validation_normal']} normal and {count['validation_abnormal']} "
-        f"abnormal test images; measured on {count['test_normal']} normal and "
-        f"{count['test_abnormal']} abnormal ones."
-        + (f" Start weights: {results['init']}." if "init" in results else ""),
-        "",
-        *table(1, ("image_auroc", "specificity", "sensitivity", "accuracy"), _DETECTION),
+        "# Results\n",
+        f"{origin['root']} ({origin['layout']}). Thresholds from {count['validation_normal']} "
+        f"normal and {count['validation_abnormal']} abnormal test images; measured on "
+        f"{count['test_normal']} normal and {count['test_abnormal']} abnormal ones. "
+        f"Start weights: {results.get('init', 'not said')}.\n",
+        *table(1, ("image_auroc", "specificity", "sensitivity", "accuracy")),
     ]
     if any("iou" in row for row in rows.values()):
-        text += table(
-            6,
-            ("iou", "dice", "pro", "aupro", "pixel_auroc"),
-            (*_LOCALISATION, "Pro with normal images", "pixel AUROC"),
+        more = ("Pro, all images", "pixel AUROC")
+        text += table(6, ("iou", "dice", "pro", "aupro", "pixel_auroc"), more)
+        text.append(
+            "IoU, Dice and Pro: abnormal images, mean (± standard deviation) over groups as in "
+            "Table 6. Last two columns: all measured images, normal ones too.\n"
         )
-        text += [
-            "IoU, Dice and Pro: abnormal images only, mean (± standard deviation) over groups of "
-            "100 as in Table 6. The last two columns: all measured images.",
-            "",
-        ]
     for name, row in rows.items():
         line = f"- {name}: an image is abnormal at a score of {row['threshold']:.6g} or more"
         if "iou" in row:
             best = row["best_possible"]
             line += (
                 f", a pixel at {row['pixel_threshold']:.6g} or more; the best possible pixel "
-                f"threshold, {best['threshold']:.6g}, would give Dice {best['dice']:.3f} and IoU "
-                f"{best['iou']:.3f}"
+                f"threshold, {best['threshold']:.6g}, gives IoU {best['iou']:.3f} and Dice "
+                f"{best['dice']:.3f}"
             )
-        text.append(line + ".")
-    text += ["", *dict.fromkeys(f"- {note}" for row in rows.values() for note in row["notes"])]
-    return "\n".join(text).rstrip() + "\n"
+        text.append(f"{line}.")
+    text += dict.fromkeys(f"- {note}" for row in rows.values() for note in row["notes"])
+    return "\n".join(text) + "\n"
 
 
 def write_scores(
@@ -674,7 +647,7 @@ def write_scores(
         cells: list[Any] = [sample.path, sample.kind, sample.label]
         cells.append("validation" if validation[i] else "test")
         for name, s in scores.items():
-            cells += [f"{s[i]:.9g}", int(s[i] >= rows[name]["threshold"])]
+            cells += [float(s[i]), int(s[i] >= rows[name]["threshold"])]
         writer.writerow(cells)
     write_file(run / "scores.csv", text.getvalue().encode())
 
@@ -695,16 +668,16 @@ def heat_colours(x: Array) -> Array:
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
-def map_scale(normal: Array, abnormal: Array) -> tuple[float, float]:
+def map_scale(maps: Array, labels: Array) -> tuple[float, float]:
     """The ends of the colour scale that all heat maps of a detector share.
 
-    returns: the median of the normal images' pixels (what is usual is dark) and the 99.5th
-             percentile of the abnormal ones'.
+    returns: the median pixel of the normal images (what is usual is dark) and the 99.5th
+             percentile of the abnormal ones, from a grid of at most 64 x 64 pixels an image.
     """
-    step = max(1, max(normal.size, abnormal.size) // 2**22) | 1
-    low = float(np.median(normal.reshape(-1)[::step]))
-    high = float(np.percentile(abnormal.reshape(-1)[::step], 99.5))
-    return low, max(high, low + 1e-12)
+    y, step = labels.astype(bool), -(-maps.shape[-1] // 64)
+    low = float(np.median(maps[~y, ::step, ::step]))
+    high = float(np.percentile(maps[y, ::step, ::step], 99.5))
+    return low, max(high, low + 1e-6 * max(abs(low), 1))
 
 
 def image_grid(
@@ -723,50 +696,27 @@ def image_grid(
     title:   above all, larger.               note:    below all; its lines are kept.
     side:    pixels of a cell; images are resized to it.
     """
-    font, large = ImageFont.load_default(14), ImageFont.load_default(18)
-    gap, left = 6, 12 + max([int(font.getlength(r)) for r in rows], default=-6)
-    heads = [_fit(c, font, side) for c in columns]
-    top = gap + (28 if title else 0) + 18 * max([h.count("\n") + 1 for h in heads], default=0)
-    width = max([len(r) for r in cells], default=0)
-    notes = _fit(note, font, left + width * (side + gap) - 2 * gap, wrap=True) if note else ""
-    bottom = 8 + 18 * (notes.count("\n") + 1) if note else 0
-    height = top + len(cells) * (side + gap) + bottom
-    sheet = Image.new("RGB", (left + width * (side + gap), height), "white")
+    font, large, gap, line = ImageFont.load_default(14), ImageFont.load_default(18), 6, 18
+    left = gap + (gap + int(max(font.getlength(r) for r in rows)) if rows else 0)
+    width = left + max(len(row) for row in cells) * (side + gap)
+    heads = ["\n".join(textwrap.wrap(c, side // 7)[:3]) for c in columns]
+    notes = textwrap.wrap(note, width // 7)
+    top = gap + (28 if title else 0) + line * max((h.count("\n") + 1 for h in heads), default=0)
+    bottom = top + len(cells) * (side + gap)
+    sheet = Image.new("RGB", (width, bottom + line * len(notes) + (8 if note else 0)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), title, "black", large)
+    draw.multiline_text((gap, bottom + 2), "\n".join(notes), "black", font, spacing=3)
     for c, head in enumerate(heads):
-        draw.multiline_text((left + c * (side + gap), top - 18 * (head.count("\n") + 1) - 2), head,
-                            "black", font, spacing=3)  # fmt: skip
+        at = (left + c * (side + gap), top - line * (head.count("\n") + 1) - 2)
+        draw.multiline_text(at, head, "black", font, spacing=3)
     for r, row in enumerate(cells):
         y = top + r * (side + gap)
-        if r < len(rows):
-            draw.text((gap, y + side // 2), rows[r], "black", font, anchor="lm")
+        draw.text((gap, y + side // 2), rows[r] if rows else "", "black", font, anchor="lm")
         for c, cell in enumerate(row):
             if cell is not None:
                 sheet.paste(_picture(cell, side), (left + c * (side + gap), y))
-    draw.multiline_text((gap, height - bottom + 2), notes, "black", font, spacing=3)
     return sheet
-
-
-def _fit(text: str, font: Any, width: int, *, wrap: bool = False) -> str:
-    """Lines shortened with "..." to a width in pixels, or wrapped at spaces."""
-    lines = []
-    for line in text.split("\n"):
-        if wrap:
-            kept = ""
-            for word in line.split(" "):
-                if kept and font.getlength(f"{kept} {word}") > width:
-                    lines.append(kept)
-                    kept = word
-                else:
-                    kept = f"{kept} {word}" if kept else word
-            lines.append(kept)
-            continue
-        short = line
-        while short and font.getlength(short + "...") > width and font.getlength(line) > width:
-            short = short[:-1]
-        lines.append(line if short == line else short + "...")
-    return "\n".join(lines)
 
 
 def _picture(image: Array | Image.Image, side: int) -> Image.Image:
@@ -776,12 +726,7 @@ def _picture(image: Array | Image.Image, side: int) -> Image.Image:
         if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
             array = array.transpose(1, 2, 0)
         image = Image.fromarray(np.ascontiguousarray(array))
-    image = image.convert("RGB")
-    return (
-        image
-        if image.size == (side, side)
-        else image.resize((side, side), Image.Resampling.BICUBIC)
-    )
+    return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
 def overlay(image: Array, heat: Array, scale: tuple[float, float], side: int) -> Image.Image:
@@ -806,67 +751,62 @@ def outlined(image: Array, mask: Array, colour: tuple[int, int, int], side: int)
     return Image.fromarray(pixels)
 
 
-def choose_cases(scores: Array, labels: Array, usable: Array, lesions: int = 6, normals: int = 3):
-    """Indices for a figure: lesions evenly over their scores, failures included, then normals."""
-
-    def spread(members: Array, count: int) -> Array:
-        members = members[np.argsort(-scores[members], kind="stable")]
-        ranks = np.linspace(0, len(members) - 1, min(count, len(members)))
-        return members[ranks.round().astype(int)]
-
-    y = labels.astype(bool)
-    usable = usable & np.ones(len(y), bool)
-    return np.concatenate(
-        [spread(np.flatnonzero(y & usable), lesions), spread(np.flatnonzero(~y & usable), normals)]
-    )
+def choose_cases(
+    scores: Array, labels: Array, usable: Array, lesions: int = 6, normals: int = 3
+) -> list[int]:
+    """Indices for a figure: lesions evenly over their scores, the worst included, then normals."""
+    shown: list[int] = []
+    for members, count in ((labels & usable, lesions), (~labels & usable, normals)):
+        order = np.flatnonzero(members)[np.argsort(-scores[members], kind="stable")]
+        ranks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+        shown += order[ranks].tolist()
+    return shown
 
 
 def localisation_figure(
-    images: Sequence[Array],
-    maps: Sequence[Array],
-    masks: Sequence[Array] | None,
-    kinds: Sequence[str],
+    images: Array,
+    maps: Array,
+    masks: Array | None,
+    samples: Sequence[data.Sample],
     scores: Array,
-    labels: Array,
     row: Mapping[str, Any],
+    shown: Sequence[int],
     *,
     title: str = "",
     side: int = 160,
 ) -> Image.Image:
     """Image, heat map, prediction and ground truth, a column a case.   [P:§4.6.1]
 
+    images ... scores: of the whole test set, N long; shown: the indices to draw.
     row:     of results.json: threshold, map_scale and, with masks, pixel_threshold.
     returns: green frames around images that are judged rightly, red around the others (Fig. 5).
     """
     low, high = row["map_scale"]
-    judged = scores >= row["threshold"]
-    words = {(1, 1): "found", (1, 0): "missed", (0, 0): "passed", (0, 1): "false alarm"}
-    framed = []
-    for image, right in zip(images, judged == labels.astype(bool), strict=True):
-        picture = _picture(image, side).copy()
-        ImageDraw.Draw(picture).rectangle(
-            (0, 0, side - 1, side - 1), None, GREEN if right else RED, 5
-        )
-        framed.append(picture)
-    cells: list[list[Any]] = [framed]
-    cells.append([overlay(i, m, (low, high), side) for i, m in zip(images, maps, strict=True)])
-    names = ["image", "heat map"]
+    verdicts = {(0, 0): "passed", (0, 1): "false alarm", (1, 0): "missed", (1, 1): "found"}
+    framed, columns = [], []
+    for i in shown:
+        judged, label = int(scores[i] >= row["threshold"]), samples[i].label
+        framed.append(_picture(images[i], side))
+        box, colour = (0, 0, side - 1, side - 1), GREEN if judged == label else RED
+        ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
+        columns.append(f"{samples[i].kind}: {scores[i]:.4g}, {verdicts[label, judged]}")
+    cells = {
+        "image": framed,
+        "heat map": [overlay(images[i], maps[i], (low, high), side) for i in shown],
+    }
     note = (
-        f"Image abnormal at score >= {row['threshold']:.4g}; green frame: judged rightly, red: "
-        f"wrongly. Heat map: one scale for all images, dark = {low:.4g} (median of normal pixels), "
-        f"bright = {high:.4g} (99.5th percentile of abnormal images)."
+        f"Abnormal at a score >= {row['threshold']:.4g}; green frame: judged rightly, red: "
+        f"wrongly. Heat maps share one scale: dark {low:.4g} (median pixel of normal images) to "
+        f"bright {high:.4g} (99.5th percentile of abnormal ones)."
     )
     if masks is not None and "pixel_threshold" in row:
         t = row["pixel_threshold"]
-        cells.append([outlined(i, m >= t, YELLOW, side) for i, m in zip(images, maps, strict=True)])
-        cells.append([outlined(i, m, CYAN, side) for i, m in zip(images, masks, strict=True)])
-        names += ["prediction", "ground truth"]
+        cells["prediction"] = [outlined(images[i], maps[i] >= t, YELLOW, side) for i in shown]
+        cells["ground truth"] = [outlined(images[i], masks[i], CYAN, side) for i in shown]
         note += f" Prediction: pixels >= {t:.4g}."
-    columns = [
-        f"{kind}\n{score:.4g}, {words[int(y), int(p)]}"
-        for kind, score, y, p in zip(kinds, scores, labels, judged, strict=True)
-    ]
-    return image_grid(cells, rows=names, columns=columns, title=title, note=note, side=side)
+    return image_grid(
+        list(cells.values()), rows=list(cells), columns=columns, title=title, note=note, side=side
+    )
 
 
 # --- New images, and the command line ----------------------------------------------------------
@@ -874,18 +814,50 @@ def localisation_figure(
 
 def load_run(run: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run folder's config, its results (empty if there are none) and its detectors by name."""
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is no run folder: it has no config.json")
-    config = json.loads((run / "config.json").read_text())
-    path = run / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
     files = [run / name for name in ("detector.pt", "detector_igd.pt") if (run / name).is_file()]
-    if not files:
-        raise ValueError(f"{run} holds no detector.pt; let pmsacl.py finish the run first")
+    if not files or not (run / "config.json").is_file():
+        raise ValueError(
+            f"{run}: no finished run here (config.json and detector.pt are looked for)"
+        )
+    results = run / "results.json"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = [load_detector(file, device) for file in files]
-    return config, results, {type(d).__name__.lower(): d for d in loaded}
+    return (
+        json.loads((run / "config.json").read_text()),
+        json.loads(results.read_text()) if results.is_file() else {},
+        {type(d).__name__.lower(): d for d in (load_detector(file, device) for file in files)},
+    )
+
+
+def evaluate_run(
+    run: Path, root: Path | None, *, paper_protocol: bool, batch: int, device: str
+) -> dict[str, Any]:
+    """Evaluate a run again, on its own data set (root None) or another one.
+
+    Rows that cannot be made again (untrained) stay if they are of the same data and protocol.
+    """
+    config, old, found = load_run(run, device)
+    root = root or (Path(config["data"]) if config.get("data") else None)
+    if root is None:
+        raise ValueError(f"--data is needed: {run / 'config.json'} names no data set")
+    seed, size = int(config.get("seed", 0)), int(config["image_size"])
+    dataset = data.discover(root, seed=seed)
+    dataset.check_test()
+    images, _ = data.decode([s.path for s in dataset.test], size, run / "cache")
+    masks, known = None, None
+    if dataset.has_masks:
+        masks, known = data.decode_masks(dataset.test, size, run / "cache")
+    extra = {}
+    for name, value in old.items():
+        is_row = isinstance(value, dict) and "image_auroc" in value
+        if is_row and value.get("data") != _data_key(dataset, seed, paper_protocol):
+            print(f"left out: the row {name}, of other data or another protocol", file=sys.stderr)
+        elif name not in found:
+            extra[name] = value
+    return evaluate(
+        run, dataset, found, images, masks, known,
+        seed=seed, paper_protocol=paper_protocol, batch=batch, extra=extra,
+    )  # fmt: skip
 
 
 def score_files(run: Path, paths: Sequence[Path], *, batch: int, device: str) -> None:
@@ -896,133 +868,105 @@ def score_files(run: Path, paths: Sequence[Path], *, batch: int, device: str) ->
             cannot be written.
     """
     config, results, found = load_run(run, device)
-    for name in found:
-        if name not in results:
-            raise ValueError(f"{run}/results.json has no threshold for {name}; give --data first")
-    files = list(_image_files(paths))
-    stems = [f.with_suffix("") for f in files]
-    targets = [
-        (stem if stems.count(stem) == 1 else file).with_name(
-            f"{stem.name if stems.count(stem) == 1 else file.name}.heatmap.png"
+    if missing := [name for name in found if name not in results]:
+        raise ValueError(
+            f"{run}: no threshold for {', '.join(missing)}; evaluate it first (--data)"
         )
-        for file, stem in zip(files, stems, strict=True)
-    ]
-    for file, target in zip(files, targets, strict=True):
-        if target.exists() and not _is_ours(target, file.name):
-            raise ValueError(f"{target} exists and is not a heat map of {file.name}; move it away")
-    for folder in {target.parent for target in targets}:
-        with tempfile.TemporaryFile(dir=folder):
-            pass  # an unwritable folder fails here, before anything is written
-    size = int(config["image_size"])
+    targets = _heatmap_files([file for path in paths for file in _image_files(path)])
+    for folder in {target.parent for target in targets.values()}:
+        tempfile.TemporaryFile(dir=folder).close()  # an unwritable folder fails here
+    scales = {name: results[name]["map_scale"] for name in found}
+    note = "Scale from dark to bright: "
+    note += ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items())
+    files = list(targets)
     with tempfile.TemporaryDirectory() as cache:
-        images, _ = data.decode(files, size, Path(cache))
+        images, _ = data.decode(files, int(config["image_size"]), Path(cache))
         for k in range(0, len(files), batch):
-            block = np.asarray(images[k : k + batch])
-            given = {name: d.score(block) for name, d in found.items()}
+            block = np.array(images[k : k + batch])
+            given = {name: detector.score(block) for name, detector in found.items()}
             for i, file in enumerate(files[k : k + batch]):
-                line, panels, heads = [str(file)], [block[i]], ["image"]
+                line, panels, heads = [str(file)], [_picture(block[i], 256)], ["image"]
                 for name, (maps, scores) in given.items():
-                    row, score = results[name], float(scores[i])
-                    verdict = "abnormal" if score >= row["threshold"] else "normal"
+                    score = float(scores[i])
+                    verdict = "abnormal" if score >= results[name]["threshold"] else "normal"
                     line += [name, f"{score:.6g}", verdict]
-                    panels.append(overlay(block[i], maps[i].cpu().numpy(), row["map_scale"], 256))
+                    panels.append(overlay(block[i], maps[i].cpu().numpy(), scales[name], 256))
                     heads.append(f"{name}: {score:.4g}, {verdict}")
-                scales = [f"{n} {results[n]['map_scale'][0]:.4g} to {results[n]['map_scale'][1]:.4g}"
-                          for n in found]  # fmt: skip
-                note = f"Colours from dark to bright: {'; '.join(scales)}."
                 figure = image_grid([panels], columns=heads, title=file.name, note=note, side=256)
-                write_file(targets[k + i], png(figure, file.name))
+                write_file(targets[file], png(figure, file.name))
                 print("\t".join(line), flush=True)
 
 
-def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Files as given, and the images in folders, without our own heat maps."""
-    for path in paths:
-        if path.is_dir():
-            inside = [
-                p
-                for p in sorted(path.rglob("*"))
-                if p.suffix.lower() in SUFFIXES
-                and not p.name.startswith(".")
-                and not p.name.endswith(".heatmap.png")
-            ]
-            if not inside:
-                raise ValueError(f"{path} holds no images")
-            yield from inside
-        elif path.is_file():
-            yield path
-        else:
-            raise ValueError(f"{path} does not exist")
+def _image_files(path: Path) -> list[Path]:
+    """A file as given, or the images of a folder, without our own heat maps."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file or folder")
+        return [path]
+    inside = [
+        p
+        for p in sorted(path.rglob("*"))
+        if p.suffix.lower() in data.EXTENSIONS and not p.name.startswith(".") and not _source(p)
+    ]
+    if not inside:
+        raise ValueError(f"{path}: no images in this folder")
+    return inside
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+def _heatmap_files(files: Sequence[Path]) -> dict[Path, Path]:
+    """The heat map's path of each image: NAME without its ending, unless two share that."""
+    stems = [file.with_suffix("") for file in files]
+    targets = {}
+    for file, stem in zip(dict.fromkeys(files), stems, strict=False):
+        name = file.stem if stems.count(stem) == 1 else file.name
+        targets[file] = target = file.with_name(f"{name}.heatmap.png")
+        if target.exists() and _source(target) != file.name:
+            raise ValueError(f"{target}: exists and is no heat map of {file.name}; move it away")
+    return targets
 
 
-def _is_ours(path: Path, source: str) -> bool:
-    """Whether a file is a heat map that this program wrote for that image."""
+def _source(path: Path) -> str:
+    """The name of the image that a heat map of ours shows; empty for any other file."""
+    if not path.name.endswith(".heatmap.png"):
+        return ""
     try:
         with Image.open(path) as image:
-            return (image.info.get("Software"), image.info.get("Source")) == ("pmsacl", source)
+            return image.info.get("Source", "") if image.info.get("Software") == "pmsacl" else ""
     except OSError:
-        return False
-
-
-def evaluate_run(run: Path, root: Path | None, *, paper_protocol: bool, batch: int, device: str):
-    """Evaluate a run again, on its own data set or another; rows of other data are dropped."""
-    config, old, found = load_run(run, device)
-    root = root or (Path(config["data"]) if config.get("data") else None)
-    if root is None:
-        raise ValueError("--data is needed: the run's config.json names no data set")
-    seed, size = int(config.get("seed", 0)), int(config["image_size"])
-    dataset = data.discover(root, seed=seed)
-    images, _ = data.decode([s.path for s in dataset.test], size, run / "cache")
-    masks = known = None
-    if dataset.has_masks:
-        masks, known = data.decode_masks(dataset.test, size, run / "cache")
-    same = {"layout": dataset.layout, "root": str(dataset.root), "seed": seed}
-    same["paper_protocol"] = paper_protocol
-    kept = {
-        k: v
-        for k, v in old.items()
-        if k not in found and (not isinstance(v, dict) or v.get("data", same) == same)
-    }
-    return evaluate(
-        run, dataset, found, images, masks, known,
-        seed=seed, paper_protocol=paper_protocol, batch=batch, extra=kept,
-    )  # fmt: skip
+        return ""
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a mistake of the user's, in one line."""
-    parser = _Parser(prog="eval.py", description=__doc__.splitlines()[0].split("  ")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that pmsacl.py wrote")
-    parser.add_argument("--data", type=Path, help="data set to evaluate on (default: the run's)")
-    parser.add_argument(
-        "--score", type=Path, nargs="+", metavar="PATH", help="new images or folders"
-    )
-    parser.add_argument("--paper-protocol", action="store_true", default=DEFAULT.paper_protocol,
-                        help="measure on the images that set the thresholds, too")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=DEFAULT.batch_size)
-    parser.add_argument("--device", default=DEFAULT.device, help="auto, cpu, cuda")
+    parser = _Parser(prog="eval.py", description="Evaluates a run again, or scores new images.")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a folder that pmsacl.py wrote")
+    add("--data", type=Path, help="data set to evaluate on (default: the run's own)")
+    add("--score", type=Path, nargs="+", metavar="PATH", help="new images, or folders of them")
+    add("--paper-protocol", action="store_true", help="also measure what sets the thresholds")
+    add("--batch-size", type=int, default=DEFAULT.batch_size, help="images at a time")
+    add("--device", default=DEFAULT.device, help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     try:
         if args.score and (args.data or args.paper_protocol):
             raise ValueError("--score goes with neither --data nor --paper-protocol")
         if args.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
-        options: dict[str, Any] = {"batch": args.batch_size, "device": args.device}
         if args.score:
-            score_files(args.run, args.score, **options)
+            score_files(args.run, args.score, batch=args.batch_size, device=args.device)
         else:
-            evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **options)
+            evaluate_run(
+                args.run, args.data, paper_protocol=args.paper_protocol,
+                batch=args.batch_size, device=args.device,
+            )  # fmt: skip
             print((args.run / "results.md").read_text(), end="")
     except (ValueError, OSError) as error:
-        print(f"eval.py: {error}".replace("\n", " "), file=sys.stderr)
+        print("eval.py:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     return 0
 
