@@ -36,11 +36,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels import choose_backend, tl, triton
+from kernels.tiles import KAPPA_MAX, TILE, Tiled
 
 EPS = 1e-4  # clamp of the norm in eq. 6; eq. 3 drives that norm to zero              [P!(6) R6]
 MAX_Z = 512  # widest feature of the Triton path: a tile of rows must fit a processor
-TILE = 256  # side of a tile on the torch path: 256 kB, which a core's cache holds
-KAPPA_MAX = 43.0  # below it exp(+-kappa) N fits float32, and no maximum need be subtracted
 PROGRAMS = 256  # columns are split until so many programs run, whatever the card: same bits
 
 # ---------------------------------------------------------------------------- reference
@@ -101,107 +100,7 @@ def contrastive_ref(z, n, pair, c, *, tau, alpha, positive_scale="kappa", rows=N
     return _row_losses(centred_features(z, n, c), n, pair, kappa, start, stop)
 
 
-# ---------------------------------------------------------------------------- torch, in tiles
-
-
-def _blocks(sizes: list[int]) -> list[tuple[int, int, int]]:
-    """Cut rows sorted by label into blocks of at most TILE rows: (start, stop, label).
-
-    A block holds one label, so that kappa is one number in a tile; scraps of several labels
-    share a block of label -1.
-    """
-    blocks: list[tuple[int, int, int]] = []
-    first = 0
-    for label, size in enumerate(sizes):
-        parts = -(-size // TILE)
-        for k in range(parts):
-            start, stop = first + size * k // parts, first + size * (k + 1) // parts
-            if blocks and stop - blocks[-1][0] <= TILE // 4:
-                blocks[-1] = (blocks[-1][0], stop, -1)
-            else:
-                blocks.append((start, stop, label))
-        first += size
-    return blocks
-
-
-def _tiles(f, n, blocks, same, different):
-    """exp(kappa_ij f_i.f_j) for every tile of the upper triangle, zero where i = j.
-
-    f, n:   (N, Z) and (N,) in sorted order.
-    blocks: of `_blocks`; label 2 a is class a as a query, 2 a + 1 class a as a column only.
-    yields: slice of rows, slice of columns, kappa (a number or a tile), the tile. It is a
-            buffer that the next tile overwrites.
-    """
-    label = n.to(f.dtype)  # compared into a float buffer: five times cheaper than into a mask
-    buffer, kappas = f.new_empty(2, min(len(f), TILE) ** 2)
-    for k, (i0, i1, label_i) in enumerate(blocks):
-        for j0, j1, label_j in blocks[k:]:
-            if label_i % 2 == 1 and label_j % 2 == 1 and -1 not in (label_i, label_j):
-                continue  # neither side is a query
-            i, j = slice(i0, i1), slice(j0, j1)
-            e = buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-            if label_i == -1 or label_j == -1:
-                kappa = torch.eq(label[i, None], label[None, j], out=kappas[: e.numel()].view_as(e))
-                kappa.mul_(same - different).add_(different)
-                torch.mm(f[i], f[j].T, out=e).mul_(kappa)
-            else:
-                kappa = same if label_i // 2 == label_j // 2 else different
-                torch.addmm(e, f[i], f[j].T, beta=0, alpha=kappa, out=e)
-            e.exp_()
-            if i0 == j0:
-                e.diagonal().zero_()
-            yield i, j, kappa, e
-
-
-class _Tiled(torch.autograd.Function):
-    """[P:(5)] with one tile in memory: sorted by class, upper triangle, recomputed in backward."""
-
-    @staticmethod
-    def forward(ctx, f, n, pair, kappa, start, stop):
-        same, different, positive_scale = kappa
-        label = 2 * n + 1
-        label[start:stop] -= 1
-        if len(f) > TILE:
-            order = label.argsort(stable=True)
-            blocks = _blocks(torch.bincount(label).tolist())
-        else:  # one tile, which is kept for the backward pass
-            order, blocks = slice(None), [(0, len(f), -1)]
-        total = f.new_zeros(len(f))  # sum_j exp(s_ij), sorted
-        for tile in _tiles(f[order], n[order], blocks, same, different):
-            i, j, _, e = tile
-            total[i] += e.sum(dim=1)
-            if i != j:
-                total[j] += e.sum(dim=0)
-        ctx.save_for_backward(f, n, pair, total)
-        ctx.rest = kappa, start, stop, order, blocks, [tile] if len(blocks) == 1 else None
-        lse = torch.empty_like(total)
-        lse[order] = total.log()
-        return (lse - positive_scale * (f * f[pair]).sum(dim=1))[start:stop]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        f, n, pair, total = ctx.saved_tensors
-        (same, different, positive_scale), start, stop, order, blocks, kept = ctx.rest
-        weight = f.new_zeros(len(f))
-        weight[start:stop] = g  # (N,), zero where a view is no query
-        over = weight[order] / total
-        f_sorted, both = f[order], f.new_empty(min(len(f), TILE) ** 2)
-        df_sorted = torch.zeros_like(f)
-        for i, j, kappa, e in kept or _tiles(f_sorted, n[order], blocks, same, different):
-            w = both[: e.numel()].view_as(e)
-            torch.add(over[i, None], over[None, j], out=w)
-            w.mul_(e)  # g_i p_ij + g_j p_ji
-            if isinstance(kappa, Tensor):
-                w.mul_(kappa)
-                kappa = 1.0
-            df_sorted[i].addmm_(w, f_sorted[j], alpha=kappa)
-            if i != j:
-                df_sorted[j].addmm_(w.T, f_sorted[i], alpha=kappa)
-        df = torch.empty_like(f)
-        df[order] = df_sorted
-        df -= positive_scale * (weight + weight[pair])[:, None] * f[pair]
-        return df, None, None, None, None, None
+# ---------------------------------------------------------------------------- torch
 
 
 def _torch_losses(z, n, pair, c, kappa, start, stop):
@@ -210,7 +109,7 @@ def _torch_losses(z, n, pair, c, kappa, start, stop):
     with torch.autocast(z.device.type, enabled=False):
         f = centred_features(z.to(dtype), n, c.to(dtype))
         if max(kappa[:2]) < KAPPA_MAX:
-            return _Tiled.apply(f, n, pair, kappa, start, stop)
+            return Tiled.apply(f, n, pair, kappa, start, stop)
         strips = [(a, min(a + TILE, stop)) for a in range(start, stop, TILE)]
         return torch.cat(
             [checkpoint(_row_losses, f, n, pair, kappa, *ab, use_reentrant=False) for ab in strips]
@@ -327,11 +226,12 @@ def _backward(
     for j0 in range(first, last, BN):
         j = j0 + tl.arange(0, BN).to(tl.int64)
         f_j = tl.load(f_ptr + j[:, None] * ZP + d[None, :], mask=(j < N)[:, None], other=0.0)
+        s = tl.dot(f_i, tl.trans(f_j), input_precision=PRECISION)
         n_j = tl.load(n_ptr + j, mask=j < N, other=0)
         lse_j = tl.load(lse_ptr + j, mask=j < N, other=float("inf"))
         g_j = tl.load(g_ptr + j, mask=j < N, other=0.0)
         kappa = tl.where(n_i[:, None] == n_j[None, :], same, different)
-        s = kappa * tl.dot(f_i, tl.trans(f_j), input_precision=PRECISION)
+        s = s * kappa
         w = g_i[:, None] * tl.exp(s - lse_i[:, None]) + g_j[None, :] * tl.exp(s - lse_j[None, :])
         w = tl.where((j < N)[None, :] & (i[:, None] != j[None, :]), kappa * w, 0.0)
         df = tl.dot(w.to(f_j.dtype), f_j, df, input_precision=PRECISION)
@@ -370,19 +270,26 @@ def _finish_backward(
 # ---------------------------------------------------------------------------- autograd
 
 
-def configs(Z: int, kind: str) -> list[tuple[int, int, int, int]]:
-    """Candidate (BM, BN, warps, stages) for `_forward` and `_backward`; the first is used.
+# (BM, BN, warps, stages) for Z up to 128, 256 and 512. Fixed, not tuned at run time: a timing must
+# not choose the order of a sum. A test compiles all of them: none spills, each fits 99 kB.
+CONFIGS = {
+    ("_forward", "ieee"): [(32, 64, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+    ("_forward", "tf32"): [(64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)],
+    ("_forward", "half"): [(64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)],
+    ("_backward", "ieee"): [(32, 64, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
+    ("_backward", "tf32"): [(64, 32, 8, 1), (64, 16, 8, 1), (16, 16, 8, 1)],
+    ("_backward", "half"): [(64, 64, 8, 2), (64, 32, 8, 1), (32, 16, 8, 1)],
+}
 
-    Fixed and not tuned at run time: a timing must not choose the order of a sum. `bench.py`
-    times all of them, and a test compiles all of them.
+
+def config(kernel: str, kind: str, ZP: int) -> tuple[dict, dict]:
+    """Tile and launch arguments of `_forward` or `_backward`, for features padded to ZP.
 
     kind: "ieee" (float32), "tf32" (float32 on the matrix units), "half" (float16 and bfloat16).
     """
-    if kind == "ieee":
-        return [(32, 64, 8, 1), (32, 32, 4, 1)] if Z <= 128 else [(16, 32, 8, 1)]
-    if Z <= 128:
-        return [(64, 64, 8, 2), (64, 64, 4, 2)]
-    return [(32, 32, 8, 1)]
+    BM, BN, warps, stages = CONFIGS[kernel, kind][0 if ZP <= 128 else 1 if ZP == 256 else 2]
+    tile = dict(ZP=ZP, BM=BM, BN=BN, PRECISION="tf32" if kind == "tf32" else "ieee")
+    return tile, dict(num_warps=warps, num_stages=stages)
 
 
 class _Fused(torch.autograd.Function):
@@ -394,16 +301,14 @@ class _Fused(torch.autograd.Function):
         (N, Z), R = z.shape, stop - start
         ZP = max(16, triton.next_power_of_2(Z))
         kind = "half" if z.dtype != torch.float32 else "tf32" if allow_tf32 else "ieee"
-        BM, BN, warps, stages = configs(Z, kind)[0]
-        tile = dict(ZP=ZP, BM=BM, BN=BN, PRECISION="tf32" if kind == "tf32" else "ieee")
-        launch = dict(num_warps=warps, num_stages=stages)
+        tile, launch = config("_forward", kind, ZP)
         f, norm = z.new_empty(N, ZP), z.new_empty(N, dtype=torch.float32)
         _prepare[(triton.cdiv(N, 16),)](
             z, n, c, f, norm, N, Z, *z.stride(), *c.stride(), EPS, ZP=ZP, BM=16
         )
-        splits, span = _splits(R, N, BM, BN)
+        splits, span = _splits(R, N, tile["BM"], tile["BN"])
         largest, total = norm.new_empty(2, splits, R)
-        _forward[(triton.cdiv(R, BM), splits)](
+        _forward[(triton.cdiv(R, tile["BM"]), splits)](
             f, n, largest, total, N, start, stop, same, different, span, **tile, **launch
         )
         lse, loss = torch.full_like(norm, math.inf), norm.new_empty(R)
@@ -411,15 +316,16 @@ class _Fused(torch.autograd.Function):
             f, pair, largest, total, lse, loss, start, stop, positive_scale, splits, ZP=ZP, BM=16
         )
         ctx.save_for_backward(f, norm, n, pair, lse)
-        ctx.rest = kappa, start, stop, tile, launch, z.dtype, c.dtype, c.shape
+        ctx.rest = kappa, start, stop, kind, z.dtype, c.dtype, c.shape
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         f, norm, n, pair, lse = ctx.saved_tensors
-        (same, different, positive_scale), start, stop, tile, launch, dtype, c_dtype, A_Z = ctx.rest
+        (same, different, positive_scale), start, stop, kind, dtype, c_dtype, A_Z = ctx.rest
         (N, ZP), Z = f.shape, A_Z[1]
+        tile, launch = config("_backward", kind, ZP)
         weight = torch.zeros_like(norm)
         weight[start:stop] = g  # (N,), zero where a view is no query; g may have stride 0
         # The mean's 1/N times p is nothing in float16: work in units of the largest |g|.

@@ -95,20 +95,18 @@ def _distance(
 # ---------------------------------------------------------------------------- no autograd: scoring
 
 
-def configs(B: int, kind: str) -> list[tuple[int, int, int, int, int]]:
-    """Candidate (BB, BI, BJ, warps, stages); the first is used, `bench.py` times all of them.
-
-    kind: "ieee" or "tf32", the precision of the products.
-    """
-    if B == 1:
-        return [(1, 16, 128, 4, 1), (1, 32, 64, 4, 1)]
-    BB = 16 if B <= 16 else 32 if B <= 32 else 64
-    return [(BB, 32, 32, 4, 2), (BB, 32, 32, 4, 1)]
+# (BB, BI, BJ, warps, stages) by the number of images; BB is BI's partner in the product, 16 or more.
+CONFIGS = {
+    1: (1, 8, 128, 4, 1),
+    16: (16, 32, 32, 4, 1),
+    32: (32, 32, 32, 4, 1),
+    64: (64, 32, 32, 8, 2),
+}
 
 
 def _launch(x, mean, whitening, allow_tf32):
     (B, P, D), kind = x.shape, "tf32" if allow_tf32 else "ieee"
-    BB, BI, BJ, warps, stages = configs(B, kind)[0]
+    BB, BI, BJ, warps, stages = CONFIGS[1 if B == 1 else 16 if B <= 16 else 32 if B <= 32 else 64]
     out = torch.empty(B, P, dtype=torch.float32, device=x.device)
     _distance[(P * triton.cdiv(B, BB),)](
         x, mean, whitening, out, B, P, D, *x.stride(), *mean.stride(), *whitening.stride(),
