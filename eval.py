@@ -311,39 +311,46 @@ def protocol(
     threshold = youden_threshold(s[validation], y[validation])
     row: dict[str, Any] = {"image_auroc": auroc(s[test], y[test])}
     row |= confusion(s[test], y[test], threshold) | {"threshold": threshold}
-    row["images"] = {
-        f"{split}_{kind}": int((chosen & (y == abnormal)).sum())
-        for split, chosen in (("validation", validation), ("test", test))
-        for kind, abnormal in (("normal", False), ("abnormal", True))
+    if maps is not None and masks is not None:
+        lesion = y & np.array([bool(m.any()) for m in masks])
+        lesion &= True if known is None else np.asarray(known, bool)
+        tune, rest = np.flatnonzero(lesion & validation), np.flatnonzero(lesion & test)
+        if len(tune) and len(rest):
+            groups, everything = abnormal_groups(rest, seed, config), test & (lesion | ~y)
+            row |= localisation(maps, masks, tune, groups, np.flatnonzero(everything), config)
+    else:
+        lesion = None
+    sets = {"validation_normal": validation & ~y, "validation_abnormal": validation & y}
+    sets |= {"test_normal": test & ~y, "test_abnormal": test & y}
+    row["images"] = {name: int(chosen.sum()) for name, chosen in sets.items()}
+    row["notes"] = _notes(y, lesion, validation, test, config)
+    return row
+
+
+def _notes(
+    y: Array, lesion: Array | None, validation: Array, test: Array, config: Config
+) -> list[str]:
+    """A sentence for whatever differs from 50 + 50 images and five groups of 100."""
+    size, groups = config.group_size, config.groups
+    few = min(validation[~y].sum(), validation[y].sum()) < config.validation
+    notes = {
+        f"A class has fewer than {2 * config.validation} test images: half of it, not "
+        f"{config.validation}, helps to set the thresholds.": few,
+        "The images that set the thresholds are measured as well.": (validation & test).any(),
     }
-    row["notes"] = []
-    if min(validation[~y].sum(), validation[y].sum()) < config.validation:
-        row["notes"].append(
-            f"A class has fewer than {2 * config.validation} test images: half of it, not "
-            f"{config.validation}, helps to set the thresholds."
-        )
-    if paper_protocol:
-        row["notes"].append("The images that set the thresholds are measured as well.")
-    if maps is None or masks is None:
-        return row
-    lesion = y & np.array([bool(m.any()) for m in masks])
-    lesion &= True if known is None else np.asarray(known, bool)
-    tune, rest = np.flatnonzero(lesion & validation), np.flatnonzero(lesion & test)
-    if unused := int((y & ~lesion).sum()):
-        row["notes"].append(f"{unused} abnormal images have no mask: left out of pixel measures.")
-    if not len(tune) or not len(rest):
-        row["notes"].append("Too few masks for the pixel measures.")
-        return row
-    groups = abnormal_groups(rest, seed, config)
-    if len(groups) == 1:
-        row["notes"].append(f"{len(rest)} abnormal images: one group, so no standard deviation.")
-    elif len(rest) < config.groups * config.group_size:
-        row["notes"].append(
-            f"The {len(groups)} groups of {config.group_size} are drawn from {len(rest)} abnormal "
-            "images and share some: their standard deviation is too small."
-        )
-    everything = np.flatnonzero(test & (lesion | ~y))
-    return row | localisation(maps, masks, tune, groups, rest, everything, config)
+    if lesion is not None:
+        rest, without = int((lesion & test).sum()), int((y & ~lesion).sum())
+        usable = rest and (lesion & validation).any()
+        notes |= {
+            f"{without} abnormal images have no mask: left out of pixel measures.": without,
+            "Too few masks for the pixel measures.": not usable,
+            f"{rest} abnormal images with masks: one group, so no standard deviation.": (
+                usable and rest <= size
+            ),
+            f"The {groups} groups of {size} are drawn from {rest} abnormal images and share some: "
+            "their standard deviation is too small.": usable and size < rest < groups * size,
+        }
+    return [sentence for sentence, holds in notes.items() if holds]
 
 
 def abnormal_groups(index: Array, seed: int, config: Config = DEFAULT) -> list[Array]:
@@ -366,39 +373,37 @@ def localisation(
     masks: Array,
     tune: Array,
     groups: Sequence[Array],
-    rest: Array,
     everything: Array,
     config: Config = DEFAULT,
 ) -> dict[str, Any]:
     """IoU, Dice and Pro over groups as in Table 6, pixel AUROC and AUPRO over all.   [P!§4.3 R9]
 
-    tune:    indices of the abnormal images that set the pixel threshold.
-    groups:  of abnormal images; rest: all abnormal images measured; everything: normal ones too.
+    tune, groups, everything: indices of the abnormal images that set the pixel threshold, of the
+             groups of abnormal images, and of all images measured, normal ones (empty masks) too.
     returns: pixel_threshold; iou, dice, pro and *_sd over groups (None for one group);
-             best_possible (threshold, dice, iou on the measured images themselves); pixel_auroc
-             and aupro of everything, where a normal image is an empty mask.
+             best_possible (threshold, iou, dice: what the best threshold for the groups
+             themselves would give); pixel_auroc and aupro of everything.
     """
     t, _ = dice_threshold(maps, masks, tune, config.levels)
-    best, best_dice = dice_threshold(maps, masks, rest, config.levels)
-    overlap = np.zeros((3, len(maps)))  # IoU, Dice and the best possible IoU of each image
-    for i in rest:
+    grouped = np.concatenate(groups)  # an image of two groups counts twice, as in their mean
+    best, best_dice = dice_threshold(maps, masks, grouped, config.levels)
+    values = np.zeros((3, len(maps)))  # IoU, Dice and the best possible IoU of each image
+    for i in np.unique(grouped):
         mask = np.asarray(masks[i], bool)
-        overlap[:, i] = (
-            iou(maps[i] >= t, mask),
-            dice(maps[i] >= t, mask),
-            iou(maps[i] >= best, mask),
-        )
+        values[:, i] = iou(maps[i] >= t, mask), dice(maps[i] >= t, mask), iou(maps[i] >= best, mask)
     means = {
-        "iou": [overlap[0, group].mean() for group in groups],
-        "dice": [overlap[1, group].mean() for group in groups],
+        "iou": [values[0, group].mean() for group in groups],
+        "dice": [values[1, group].mean() for group in groups],
         "pro": [pixel_measures(maps, masks, group, config.fpr_limit)[1] for group in groups],
     }
     row: dict[str, Any] = {"pixel_threshold": t}
-    for name, values in means.items():
-        row[name] = float(np.mean(values))
-        row[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    best_iou = float(overlap[2, rest].mean())
-    row["best_possible"] = {"threshold": best, "dice": best_dice, "iou": best_iou}
+    for name, of_groups in means.items():
+        row[name] = float(np.mean(of_groups))
+        row[f"{name}_sd"] = float(np.std(of_groups, ddof=1)) if len(groups) > 1 else None
+    row["best_possible"] = {"threshold": t, "iou": row["iou"], "dice": row["dice"]}
+    if best_dice > row["dice"]:  # t itself may lie between the levels that were tried
+        best_iou = float(values[2, grouped].mean())
+        row["best_possible"] = {"threshold": best, "iou": best_iou, "dice": best_dice}
     row["pixel_auroc"], row["aupro"] = pixel_measures(maps, masks, everything, config.fpr_limit)
     return row
 
@@ -464,10 +469,8 @@ def evaluate(
         row = protocol(s, labels, maps, masks, known, seed=seed, paper_protocol=paper_protocol)
         row["map_scale"] = map_scale(maps, labels)
         row["data"] = _data_key(dataset, seed, paper_protocol)
-        shown = choose_cases(s, labels, usable)
-        figures[name] = localisation_figure(
-            images, maps, masks, dataset.test, s, row, shown, title=name
-        )
+        cases = choose_cases(s, labels, usable)
+        figures[name] = localisation_figure(images, maps, masks, dataset.test, s, row, cases, name)
         rows[name], scores[name] = row, s
     results = {**rows, **(extra or {})}
     results["seconds"] = {**results.get("seconds", {}), "evaluate": time.perf_counter() - started}
@@ -583,52 +586,52 @@ def results_table(results: Mapping[str, Any]) -> str:
     rows = {k: v for k, v in results.items() if isinstance(v, dict) and "image_auroc" in v}
     first = next(iter(rows.values()))
     origin, count = first.get("data", {"layout": "layout not said", "root": "-"}), first["images"]
-    same = origin["layout"].replace("-", "").lower().startswith("hyperkvasir")
-
-    def table(number: int, keys: Sequence[str], more: Sequence[str] = ()) -> list[str]:
-        header = ["", *PAPER[number][1], *more]
-        lines = [header, ["---"] * len(header)]
-        for name, row in rows.items():
-            if keys[0] not in row:
-                continue
-            sd = [row.get(f"{k}_sd") for k in keys]
-            cells = [f"{row[k]:.3f}" + (f" ± {d:.3f}" if d is not None else "")
-                     for k, d in zip(keys, sd, strict=True)]  # fmt: skip
-            lines.append([name, *cells])
-            if same and name in _OURS:
-                printed = [f"{v:.3f}" for v in PAPER[number][2][_OURS[name]]]
-                lines.append(
-                    [f"paper, Table {number}: {_OURS[name]}", *printed, *("" for _ in more)]
-                )
-        return ["| " + " | ".join(line) + " |" for line in lines] + [""]
-
+    ours = _OURS if origin["layout"].replace("-", "").lower().startswith("hyperkvasir") else {}
     text = [
         "# Results\n",
         f"{origin['root']} ({origin['layout']}). Thresholds from {count['validation_normal']} "
         f"normal and {count['validation_abnormal']} abnormal test images; measured on "
         f"{count['test_normal']} normal and {count['test_abnormal']} abnormal ones. "
         f"Start weights: {results.get('init', 'not said')}.\n",
-        *table(1, ("image_auroc", "specificity", "sensitivity", "accuracy")),
+        _table(1, rows, ("image_auroc", "specificity", "sensitivity", "accuracy"), ours),
     ]
-    if any("iou" in row for row in rows.values()):
-        more = ("Pro, all images", "pixel AUROC")
-        text += table(6, ("iou", "dice", "pro", "aupro", "pixel_auroc"), more)
-        text.append(
+    segmented = {name: row for name, row in rows.items() if "iou" in row}
+    if segmented:
+        keys, more = ("iou", "dice", "pro", "aupro", "pixel_auroc"), ("Pro, all", "pixel AUROC")
+        text += [
+            _table(6, segmented, keys, ours, more),
             "IoU, Dice and Pro: abnormal images, mean (± standard deviation) over groups as in "
-            "Table 6. Last two columns: all measured images, normal ones too.\n"
-        )
+            "Table 6. Last two columns: all measured images, normal ones too.\n",
+        ]
     for name, row in rows.items():
-        line = f"- {name}: an image is abnormal at a score of {row['threshold']:.6g} or more"
-        if "iou" in row:
+        text.append(f"- {name}: an image is abnormal at a score of {row['threshold']:.6g} or more.")
+        if name in segmented:
             best = row["best_possible"]
-            line += (
-                f", a pixel at {row['pixel_threshold']:.6g} or more; the best possible pixel "
-                f"threshold, {best['threshold']:.6g}, gives IoU {best['iou']:.3f} and Dice "
-                f"{best['dice']:.3f}"
+            text[-1] += (
+                f" A pixel: at {row['pixel_threshold']:.6g} or more; the best possible threshold, "
+                f"{best['threshold']:.6g}, gives IoU {best['iou']:.3f} and Dice {best['dice']:.3f}."
             )
-        text.append(f"{line}.")
     text += dict.fromkeys(f"- {note}" for row in rows.values() for note in row["notes"])
     return "\n".join(text) + "\n"
+
+
+def _table(
+    number: int,
+    rows: Mapping[str, Any],
+    keys: Sequence[str],
+    ours: Mapping[str, str],
+    more: Sequence[str] = (),
+) -> str:
+    """Our rows under the header of the paper's table; the paper's row below its own."""
+    header = ["", *PAPER[number][1], *more]
+    lines = [header, ["---"] * len(header)]
+    for name, row in rows.items():
+        sd = ("" if row.get(f"{k}_sd") is None else f" ± {row[f'{k}_sd']:.3f}" for k in keys)
+        lines.append([name, *(f"{row[k]:.3f}{d}" for k, d in zip(keys, sd, strict=True))])
+        if name in ours:
+            printed = [f"{v:.3f}" for v in PAPER[number][2][ours[name]]]
+            lines.append([f"paper, Table {number}: {ours[name]}", *printed, *("" for _ in more)])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def write_scores(
@@ -692,14 +695,14 @@ def image_grid(
     """A labelled grid of images on white.
 
     cells:   rows of images: PIL, (3, S, S) or (S, S, 3) uint8; None leaves the place empty.
-    rows:    a label left of each row.        columns: a label above each column.
+    rows:    a label left of each row.    columns: a label above each column, of one line or more.
     title:   above all, larger.               note:    below all; its lines are kept.
     side:    pixels of a cell; images are resized to it.
     """
     font, large, gap, line = ImageFont.load_default(14), ImageFont.load_default(18), 6, 18
     left = gap + (gap + int(max(font.getlength(r) for r in rows)) if rows else 0)
     width = left + max(len(row) for row in cells) * (side + gap)
-    heads = ["\n".join(textwrap.wrap(c, side // 7)[:3]) for c in columns]
+    heads = ["\n".join(part[: side // 6] for part in c.splitlines()) for c in columns]
     notes = textwrap.wrap(note, width // 7)
     top = gap + (28 if title else 0) + line * max((h.count("\n") + 1 for h in heads), default=0)
     bottom = top + len(cells) * (side + gap)
@@ -771,7 +774,6 @@ def localisation_figure(
     scores: Array,
     row: Mapping[str, Any],
     shown: Sequence[int],
-    *,
     title: str = "",
     side: int = 160,
 ) -> Image.Image:
@@ -789,7 +791,7 @@ def localisation_figure(
         framed.append(_picture(images[i], side))
         box, colour = (0, 0, side - 1, side - 1), GREEN if judged == label else RED
         ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
-        columns.append(f"{samples[i].kind}: {scores[i]:.4g}, {verdicts[label, judged]}")
+        columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {verdicts[label, judged]}")
     cells = {
         "image": framed,
         "heat map": [overlay(images[i], maps[i], (low, high), side) for i in shown],
