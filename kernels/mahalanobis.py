@@ -95,7 +95,8 @@ def _distance(
 # ---------------------------------------------------------------------------- no autograd: scoring
 
 
-# (BB, BI, BJ, warps, stages) by the number of images; BB is BI's partner in the product, 16 or more.
+# BB images: (BB, BI, BJ, warps, stages). A matrix unit wants 16 or more; one image needs none.
+# A test compiles all of them: none spills.
 CONFIGS = {
     1: (1, 8, 128, 4, 1),
     16: (16, 32, 32, 4, 1),
@@ -106,7 +107,7 @@ CONFIGS = {
 
 def _launch(x, mean, whitening, allow_tf32):
     (B, P, D), kind = x.shape, "tf32" if allow_tf32 else "ieee"
-    BB, BI, BJ, warps, stages = CONFIGS[1 if B == 1 else 16 if B <= 16 else 32 if B <= 32 else 64]
+    BB, BI, BJ, warps, stages = CONFIGS[next(size for size in CONFIGS if size >= min(B, 64))]
     out = torch.empty(B, P, dtype=torch.float32, device=x.device)
     _distance[(P * triton.cdiv(B, BB),)](
         x, mean, whitening, out, B, P, D, *x.stride(), *mean.stride(), *whitening.stride(),

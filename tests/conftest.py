@@ -63,7 +63,8 @@ def assert_within(got: torch.Tensor, want: torch.Tensor, budget: torch.Tensor | 
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     assert bool(torch.isfinite(got).all()), "the result holds NaN or infinity"
     error = (got.detach().double() - want.detach().double()).abs()
-    allowed = torch.as_tensor(budget, dtype=torch.float64, device=error.device).expand_as(error)
+    allowed = torch.as_tensor(budget, dtype=torch.float64, device=error.device).detach()
+    allowed = allowed.expand_as(error)
     used = torch.where(error == 0, torch.zeros_like(error), error / allowed)
     worst = float(used.max()) if used.numel() else 0.0
     assert worst <= 1.0, f"{worst:.2f} of the rounding budget used; worst error {error.max():.3e}"

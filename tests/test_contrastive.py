@@ -1,0 +1,535 @@
+"""kernels/contrastive.py: every path against the definition, the definition against the page.
+
+Tolerances count roundings of U32 = 2^-24, one named term each; the float64 definition runs on the
+same bits. Kernels run in the Triton interpreter where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import DEVICE, ROOT, U32, assert_within
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import HAS_TRITON, contrastive, tiles
+from kernels.contrastive import contrastive_ref, contrastive_rows, scales
+
+BACKENDS = ["torch"] + (["triton"] if HAS_TRITON else [])
+U16 = 2.0**-11
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: z (N, Z), class ids, pair ids, centres (A, Z) and the constants of eq. 5 and 7."""
+
+    z: torch.Tensor
+    n: torch.Tensor
+    pair: torch.Tensor
+    c: torch.Tensor
+    tau: float = 0.2
+    alpha: float = 2.0
+    positive_scale: str | float = "kappa"
+    rows: tuple[int, int] | None = None
+
+    @property
+    def constants(self) -> dict:
+        return {k: getattr(self, k) for k in ("tau", "alpha", "positive_scale", "rows")}
+
+    def losses(self, backend: str, **more) -> torch.Tensor:
+        ids = self.z, self.n, self.pair, self.c
+        return contrastive_rows(*ids, backend=backend, **self.constants, **more)
+
+    def definition(self) -> torch.Tensor:
+        return contrastive_ref(
+            self.z.double(), self.n, self.pair, self.c.double(), **self.constants
+        )
+
+
+def make_case(classes: list[int], Z: int, seed: int, spread: float = 1.0, **constants) -> Case:
+    """classes: the number of images of each class; two views each, in random order."""
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.arange(len(classes)).repeat_interleave(torch.tensor(classes)).repeat(2)
+    N = len(ids)
+    order = torch.randperm(N, generator=gen)
+    place = order.argsort()
+    pair = place[(order + N // 2) % N]
+    c = torch.randn(len(classes), Z, generator=gen)
+    z = c[ids[order]] + spread * torch.randn(N, Z, generator=gen)
+    return Case(z.to(DEVICE), ids[order].to(DEVICE), pair.to(DEVICE), c.to(DEVICE), **constants)
+
+
+@st.composite
+def cases(draw, half: bool = True, most: int = 45) -> Case:
+    classes = draw(
+        st.lists(st.integers(1, most), min_size=1, max_size=4).filter(lambda s: sum(s) <= most)
+    )
+    case = make_case(
+        classes,
+        Z=draw(st.sampled_from([1, 2, 16, 17, 33])),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        spread=draw(st.sampled_from([0.0, 1e-6, 1.0, 1e3])),  # the centre, in the clamp, outside it
+        tau=draw(st.sampled_from([0.02, 0.07, 0.2, 1.0])),  # 0.02: beyond KAPPA_MAX
+        alpha=draw(st.sampled_from([0.5, 1.0, 2.0])),
+        positive_scale=draw(st.sampled_from(["kappa", "tau", 0.5])),
+    )
+    N = len(case.z)
+    if draw(st.booleans()):
+        start = draw(st.integers(0, N - 1))
+        case = replace(case, rows=(start, draw(st.integers(start + 1, N))))
+    if half and draw(st.booleans()):
+        case = replace(case, z=case.z.half())
+    if draw(st.booleans()):  # columns of z with a stride
+        case = replace(case, z=torch.stack([case.z, case.z], dim=2)[..., 0])
+    return case
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles and splits so small that few rows reach every branch of the loops over them."""
+    monkeypatch.setattr(tiles, "TILE", 24)
+    monkeypatch.setattr(contrastive, "PROGRAMS", 4)
+
+
+# ------------------------------------------------------------------- counting roundings
+
+
+def terms(k: int) -> float:
+    """Roundings of a sum of k terms: k at worst, 5 sqrt(k) at 5 standard deviations."""
+    return min(k, 5 * math.sqrt(k))
+
+
+def feature_error(case: Case, kernel: bool) -> float:
+    """Relative error of f: z - c 1, square 1, sum Z/2, root 1, quotient 1; then storage."""
+    return 4 + terms(case.z.shape[1]) / 2 + (U16 / U32 if kernel and is_half(case) else 0)
+
+
+def is_half(case: Case) -> bool:
+    return case.z.dtype == torch.float16
+
+
+def product_error(case: Case, kernel: bool) -> float:
+    """Error of f_i.f_j, of which |f_i| |f_j| <= 1: both factors, the sum of Z products."""
+    return 2 * feature_error(case, kernel) + terms(case.z.shape[1])
+
+
+def loss_budget(case: Case, want: torch.Tensor, kernel: bool) -> torch.Tensor:
+    same, different, s = scales(case.tau, case.alpha, case.positive_scale)
+    k, N, e = max(same, different), len(case.z), product_error(case, kernel)
+    exponent = k * (e + 2 + 4)  # kappa 1, times 1, minus the maximum 2 (of 2 k), in exp 2
+    total = 4 * N / 16 + 8 + 2  # a tile at a time: exp, product, sum, add; within a tile 8; exp 2
+    lse = k + 2 * math.log(N) + 1  # log, last add
+    return U32 * (exponent + total + lse + abs(s) * (e + 2) + want.abs())
+
+
+def gradient_budget(case: Case, g: torch.Tensor, kernel: bool) -> torch.Tensor:
+    """(N, 1): err(df) <= kappa W (relative error of p, f, sum), through eq. 6 twice, over norm."""
+    same, different, s = scales(case.tau, case.alpha, case.positive_scale)
+    N, Z = case.z.shape
+    start, stop = case.rows or (0, N)
+    k, e, e_f = max(same, different), product_error(case, kernel), feature_error(case, kernel)
+    u = case.z.double() - case.c.double()[case.n]
+    norm = u.norm(dim=1, keepdim=True).clamp_min(contrastive.EPS)
+    f = u / norm
+    x = torch.where(case.n[:, None] == case.n, same, different) * (f @ f.T)
+    x.fill_diagonal_(-math.inf)
+    weight = torch.zeros(N, dtype=torch.float64, device=f.device)
+    weight[start:stop] = g.abs().double()
+    p = weight[:, None] * x.softmax(dim=1)
+    W = (p.sum(dim=1) + p.sum(dim=0))[:, None]
+    exponent = 2 * k * (e + 6) + 4 * N / 16 + 12 + 2 * math.log(N)  # s - lse, exp
+    half = U16 / U32 if kernel and is_half(case) else 0  # w stored in float16
+    tiny = N * weight.max() * k * 2.0 ** (-25 if half else -126)  # underflow of w
+    df = k * W * (exponent + e_f + terms(N) + 4 + half) * U32 + tiny
+    partner = (weight + weight[case.pair])[:, None] * abs(s)
+    df += partner * (e_f + 3) * U32
+    size = k * W + partner
+    dz = (2 * df + size * (3 * e_f + terms(Z) + 5) * U32) / norm
+    return dz * (1 + half * U32) + half * U32 * size / norm + (2.0**-25 if half else 0)
+
+
+# ------------------------------------------------------------------- the page and the definition
+
+
+def loop_over_the_page(case: Case) -> list[float]:
+    """[P:(5)]-[P:(7)] as printed, one view at a time, with the numerator's factor as given."""
+    z, c, n = case.z.tolist(), case.c.tolist(), case.n.tolist()
+    _, _, s = scales(case.tau, case.alpha, case.positive_scale)
+    f = []
+    for i in range(len(z)):  # eq. 6
+        u = [a - b for a, b in zip(z[i], c[n[i]], strict=True)]
+        norm = max(math.sqrt(sum(a * a for a in u)), contrastive.EPS)
+        f.append([a / norm for a in u])
+
+    def dot(i: int, j: int) -> float:
+        return sum(a * b for a, b in zip(f[i], f[j], strict=True))
+
+    losses = []
+    for i in range(len(z)):
+        denominator = 0.0
+        for j in range(len(z)):
+            if j != i:
+                kappa = 1 / (case.alpha * case.tau) if n[i] == n[j] else 1 / case.tau  # eq. 7
+                denominator += math.exp(kappa * dot(i, j))
+        losses.append(-math.log(math.exp(s * dot(i, int(case.pair[i]))) / denominator))
+    return losses
+
+
+@pytest.mark.parametrize("positive_scale", ["kappa", "tau", 0.5])
+@pytest.mark.parametrize("classes", [[1], [3, 1, 2]])
+def test_the_definition_is_the_page(classes, positive_scale):
+    case = make_case(classes, 5, seed=1, positive_scale=positive_scale)
+    want = torch.tensor(loop_over_the_page(case), dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(case.definition(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_of_the_definition_and_of_the_tiles():
+    case = make_case([2, 1, 20], 3, seed=2)
+    z, c = (t.double().requires_grad_() for t in (case.z, case.c))
+    for rows in (None, (3, 11)):
+        constants = replace(case, rows=rows).constants
+        for path in (contrastive_ref, contrastive_rows):  # float64 keeps to the torch path
+            more = {} if path is contrastive_ref else {"backend": "torch"}
+            assert torch.autograd.gradcheck(
+                lambda z, c, path=path, more=more, constants=constants: path(
+                    z, case.n, case.pair, c, **constants, **more
+                ),
+                (z, c),
+            )
+
+
+# ------------------------------------------------------------------- the shipped paths
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases())
+def test_losses_stay_within_their_rounding_budget(backend, case):
+    want = case.definition()
+    assert_within(case.losses(backend), want, loss_budget(case, want, backend == "triton"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases(), expanded=st.booleans(), seed=st.integers(0, 2**31 - 1))
+def test_gradients_stay_within_their_rounding_budget(backend, case, expanded, seed):
+    start, stop = case.rows or (0, len(case.z))
+    gen = torch.Generator().manual_seed(seed)
+    g = torch.randn(1 if expanded else stop - start, generator=gen).to(DEVICE)
+    g = g.expand(stop - start)
+    z64, c64 = (t.double().requires_grad_() for t in (case.z, case.c))
+    ids = case.n, case.pair
+    contrastive_ref(z64, *ids, c64, **case.constants).backward(g.double())
+    z, c = (t.detach().requires_grad_() for t in (case.z, case.c))
+    contrastive_rows(z, *ids, c, backend=backend, **case.constants).backward(g)
+    budget = gradient_budget(case, g, backend == "triton")
+    rounded = budget + (U16 * z64.grad.abs() + 2.0**-25 if is_half(case) else 0)  # dz in float16
+    if not is_half(case) or z64.grad.abs().max() < 6e4:  # which ends at 65504
+        assert_within(z.grad, z64.grad, rounded)
+    members = (case.n[None, :] == torch.arange(len(case.c), device=DEVICE)[:, None]).double()
+    added = members @ z64.grad.abs() * terms(len(case.z)) * U32
+    if not is_half(case) or z64.grad.abs().max() < 6e4:
+        each = (budget if backend == "triton" else rounded).expand_as(z64.grad)
+        assert_within(c.grad, c64.grad, members @ each + added)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_budgets_reject_known_wrong_answers(backend):
+    case = make_case([9, 4, 7], 17, seed=3, alpha=1.5)
+    want = case.definition()
+    budget = loss_budget(case, want, backend == "triton")
+    f = contrastive.centred_features(case.z.double(), case.n, case.c.double())
+    with_self = torch.logaddexp(
+        want, scales(case.tau, case.alpha, "kappa")[0] * (1 - (f * f[case.pair]).sum(dim=1))
+    )
+    wrong = {
+        "itself in the denominator": with_self,
+        "one temperature": replace(case, alpha=1.0, positive_scale=1 / 0.3).definition(),
+        "positive as printed": replace(case, positive_scale=0.5).definition(),
+        "the next class's centre": replace(case, c=case.c.roll(1, 0)).definition(),
+        "half precision": replace(case, z=case.z.half()).definition(),
+    }
+    for name, answer in wrong.items():
+        with pytest.raises(AssertionError):
+            assert_within(answer, want, budget)
+            pytest.fail(f"the budget accepts: {name}")
+
+
+def test_the_gradient_budget_rejects_known_wrong_answers():
+    case = make_case([9, 4, 7], 17, seed=4)
+    z = case.z.double().requires_grad_()
+    g = torch.ones(len(z), dtype=torch.float64, device=DEVICE)
+    (right,) = torch.autograd.grad(replace(case, z=z).losses("torch").sum(), z)
+    f = contrastive.centred_features(z, case.n, case.c.double())
+    (one_sided,) = torch.autograd.grad(  # the keys as constants: half of the gradient
+        (contrastive_one_sided(case, f)).sum(), z
+    )
+    with pytest.raises(AssertionError):
+        assert_within(one_sided, right, gradient_budget(case, g, True))
+
+
+def contrastive_one_sided(case: Case, f: torch.Tensor) -> torch.Tensor:
+    same, different, s = scales(case.tau, case.alpha, case.positive_scale)
+    x = torch.where(case.n[:, None] == case.n, same, different) * (f @ f.detach().T)
+    x = x.masked_fill(torch.eye(len(f), dtype=torch.bool, device=f.device), -math.inf)
+    return x.logsumexp(dim=1) - s * (f * f[case.pair]).sum(dim=1)
+
+
+# ------------------------------------------------------------------- invariances and bounds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=10)
+@given(case=cases(half=False), seed=st.integers(0, 2**31 - 1))
+def test_permuting_the_batch_changes_nothing(backend, case, seed):
+    case = replace(case, rows=None)
+    order = torch.randperm(len(case.z), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    place = order.argsort()
+    moved = replace(case, z=case.z[order], n=case.n[order], pair=place[case.pair[order]])
+    want = case.definition()[order]
+    assert_within(moved.losses(backend), want, loss_budget(case, want, backend == "triton"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=10)
+@given(case=cases(half=False))
+def test_renaming_the_classes_changes_no_bit_of_the_kernel(backend, case):
+    A = len(case.c)
+    renamed = replace(case, n=A - 1 - case.n, c=case.c.flip(0))
+    got, want = renamed.losses(backend), case.losses(backend)
+    if backend == "triton":
+        assert torch.equal(got, want)
+    else:  # its tiles are sorted by class
+        assert_within(got, want, 2 * loss_budget(case, want, False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=10)
+@given(case=cases(half=False))
+def test_the_loss_is_bounded_and_repeats_bit_for_bit(backend, case):
+    case = replace(case, positive_scale="kappa")  # then the fraction is a softmax
+    loss, N = case.losses(backend), len(case.z)
+    slack = loss_budget(case, loss, backend == "triton").max()
+    same, different, _ = scales(case.tau, case.alpha, "kappa")
+    assert loss.min() >= -slack
+    assert loss.max() <= math.log(N - 1) + max(same, different) + same + slack
+    assert torch.equal(loss, case.losses(backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_class_with_one_image_and_a_batch_of_one_pair(backend):
+    lonely = make_case([1, 12, 1], 6, seed=5)
+    want = lonely.definition()
+    assert_within(lonely.losses(backend), want, loss_budget(lonely, want, backend == "triton"))
+    pair = make_case([1], 4, seed=6)  # the only other view is the positive: -log 1
+    assert_within(pair.losses(backend), torch.zeros(2).double().to(DEVICE), 40 * U32 * 2.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_at_the_centre_the_loss_is_log_of_the_others_and_the_gradient_finite(backend):
+    case = make_case([3, 4], 8, seed=7, spread=0.0)
+    z = case.z.clone().requires_grad_()
+    loss = replace(case, z=z).losses(backend)
+    assert_within(loss, torch.full_like(loss, math.log(13)).double(), 8 * U32 * math.log(13))
+    loss.sum().backward()
+    assert torch.isfinite(z.grad).all()
+    assert z.grad.norm(dim=1).max() < 1 / contrastive.EPS * 10  # clamp: |df| / EPS at most
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_public_mean_and_gathered_rows_add_up(backend):
+    case = make_case([8, 9, 3], 16, seed=8)
+    args, more = (case.n, case.pair, case.c), {"tau": 0.2, "alpha": 2.0, "backend": backend}
+    z = case.z.clone().requires_grad_()
+    contrastive.contrastive(z, *args, **more).backward()
+    parts = case.z.clone().requires_grad_()
+    N = len(parts)
+    for rows in ((0, 13), (13, N)):  # two ranks, unequal: weight each mean by its rows
+        share = contrastive.contrastive(parts, *args, rows=rows, **more)
+        (share * (rows[1] - rows[0]) / N).backward()
+    budget = gradient_budget(case, torch.full((N,), 1 / N, device=DEVICE), backend == "triton")
+    assert_within(parts.grad, z.grad.double(), 3 * budget)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs the Triton package")
+@pytest.mark.parametrize("Z", [128, 200, 512])
+def test_wide_features(Z):
+    case = make_case([9, 12], Z, seed=9)
+    z, z64 = case.z.clone().requires_grad_(), case.z.double().requires_grad_()
+    want = replace(case, z=z64).definition()
+    loss = replace(case, z=z).losses("triton")
+    assert_within(loss, want, loss_budget(case, want, True))
+    g = torch.randn(len(z), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    loss.backward(g)
+    want.backward(g.double())
+    assert_within(z.grad, z64.grad, gradient_budget(case, g, True))
+
+
+# ------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda k: {"z": k.z[0]}, "z must be"),
+        (lambda k: {"z": k.z[:1], "n": k.n[:1], "pair": k.pair[:1]}, "z must be"),
+        (lambda k: {"z": k.z[:, :0], "c": k.c[:, :0]}, "z must be"),
+        (lambda k: {"z": k.z.long()}, "z must be"),
+        (lambda k: {"c": k.c[:, :2]}, "c must be"),
+        (lambda k: {"c": k.c.long()}, "c must be"),
+        (lambda k: {"n": k.n[:-1]}, "n must be int64"),
+        (lambda k: {"pair": k.pair.int()}, "pair must be int64"),
+        (lambda k: {"c": k.c.to("meta")}, "one device"),
+        (lambda k: {"rows": (3, 3)}, "rows must be"),
+        (lambda k: {"rows": (0, 99)}, "rows must be"),
+        (lambda k: {"n": k.n + 1}, "n must be in"),
+        (lambda k: {"n": k.n - 1}, "n must be in"),
+        (lambda k: {"pair": torch.arange(len(k.n), device=DEVICE)}, "pair"),
+        (lambda k: {"pair": (torch.arange(len(k.n), device=DEVICE) + 1) % len(k.n)}, "pair"),
+        (lambda k: {"pair": k.pair + len(k.n)}, "pair"),
+        (lambda k: {"n": torch.arange(len(k.n), device=DEVICE) % 2}, "same class"),
+        (lambda k: {"tau": 0.0}, "tau and alpha"),
+        (lambda k: {"alpha": -1.0}, "tau and alpha"),
+        (lambda k: {"positive_scale": "half"}, "positive_scale"),
+        (lambda k: {"positive_scale": math.nan}, "positive_scale"),
+    ],
+)
+def test_what_is_undefined_is_refused(change, message):
+    case = make_case([2, 3], 4, seed=10)
+    with pytest.raises(ValueError, match=message):
+        replace(case, **change(case)).losses("torch")
+
+
+def test_unusable_backends_are_refused():
+    case = make_case([2, 3], 4, seed=11)
+    with pytest.raises(ValueError, match="backend"):
+        case.losses("cuda")
+    if HAS_TRITON:
+        with pytest.raises(ValueError, match="Triton path takes"):
+            replace(case, z=case.z.double()).losses("triton")
+        with pytest.raises(ValueError, match="Z <= 512"):
+            make_case([1, 1], 513, seed=0).losses("triton")
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, kernels
+from kernels.contrastive import contrastive
+from kernels.mahalanobis import mahalanobis
+z, pair = torch.randn(4, 3), torch.tensor([1, 0, 3, 2])
+contrastive(z, pair // 2, pair, torch.zeros(2, 3), tau=0.2, alpha=2.0)
+mahalanobis(z[None], z, torch.eye(3).expand(4, 3, 3))
+try:
+    contrastive(z, pair // 2, pair, torch.zeros(2, 3), tau=0.2, alpha=2.0, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "pip install triton" in run.stdout
+
+
+# ------------------------------------------------------------------- memory
+
+# An out-of-range store corrupts the interpreter's heap instead of failing, so this runs apart:
+# every tensor that the path allocates gets a margin of canaries on both sides.
+GUARDED = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1] == "cuda" else "1"
+import torch
+PAD, MARK, blocks = 4096, 12345.0, []
+def guard(make):
+    def made(*args, **kwargs):
+        like = make(*args, **kwargs)
+        block = make_empty(like.numel() + 2 * PAD, dtype=like.dtype, device=like.device)
+        block.fill_(MARK)
+        blocks.append(block)
+        return block[PAD : PAD + like.numel()].view(like.shape).copy_(like)
+    return made
+make_empty = torch.empty
+from kernels import contrastive, mahalanobis
+torch.Tensor.new_empty = guard(torch.Tensor.new_empty)
+torch.full_like, torch.zeros_like = guard(torch.full_like), guard(torch.zeros_like)
+contrastive.PROGRAMS = 4
+for N, Z, rows in ((2, 1, None), (70, 17, None), (66, 40, (33, 60)), (34, 130, (0, 33))):
+    z = torch.randn(N, Z, device=sys.argv[1], requires_grad=True)
+    c = torch.zeros(2, Z, device=z.device, requires_grad=True)
+    pair = torch.arange(N, device=z.device) ^ 1
+    torch.empty = guard(make_empty)
+    loss = contrastive.contrastive(z, pair // 2 % 2, pair, c, tau=0.2, alpha=2.0, rows=rows,
+                                   backend="triton")
+    loss.backward()
+    torch.empty = make_empty
+for B, P, D in ((1, 3, 5), (3, 2, 33), (17, 2, 40), (70, 1, 20)):
+    x = torch.randn(B, P, D, device=sys.argv[1])
+    w = torch.randn(P, D, D, device=x.device)
+    torch.empty = guard(make_empty)
+    mahalanobis.mahalanobis(x, x[0], w, backend="triton")
+    torch.empty = make_empty
+mark = torch.tensor(MARK)
+for block in blocks:
+    edges = torch.cat([block[:PAD], block[-PAD:]])
+    assert (edges == mark.to(block.dtype)).all(), block.shape
+print(len(blocks), "blocks intact")
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs the Triton package")
+def test_no_kernel_writes_outside_its_tensors():
+    command = [sys.executable, "-c", GUARDED, DEVICE.type]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[0]) >= 4 * 7 + 4
+
+
+def test_memory_of_the_torch_path_is_linear(monkeypatch):
+    """What is saved for the backward pass: with N doubled it doubles, and is far below N^2."""
+    monkeypatch.setattr(tiles, "TILE", 256)
+    saved: list[int] = []
+    for images in (512, 1024):
+        case = make_case([images] * 2, 8, seed=12)
+        z = case.z.clone().requires_grad_()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.append(t.numel() * t.element_size()), t)[1], lambda t: t
+        ):
+            replace(case, z=z).losses("torch").sum().backward()
+        saved.append(sum(kept))
+    assert saved[1] < 2.1 * saved[0] < 4096 * 4096
+
+
+# ------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_large_batch_on_the_gpu(dtype):
+    case = make_case([12_000, 11_768, 8_000, 1_000], 128, seed=13)  # N = 65536: N^2 passes 2^31
+    case = replace(case, z=case.z.to(dtype), rows=(30_000, 30_064))
+    want = case.definition()
+    budget = loss_budget(case, want, True)
+    if dtype == torch.bfloat16:
+        budget = budget + 2 * 2.0**-8 * 5 * 2  # f stored in bfloat16: both factors, both terms
+    assert_within(case.losses("triton"), want, budget)
+
+
+@pytest.mark.gpu
+def test_tf32_is_close_and_memory_is_linear_on_the_gpu():
+    case = make_case([2048, 2048], 128, seed=14)
+    want = case.definition()
+    tf32 = case.losses("triton", allow_tf32=True)
+    assert_within(tf32, want, loss_budget(case, want, True) + 2 * 2.0**-10 * 5)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    z = case.z.clone().requires_grad_()
+    replace(case, z=z).losses("triton").sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20  # N^2 alone is 256 MB
