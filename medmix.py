@@ -51,14 +51,19 @@ TILES = (  # class n of `permutation`: which of the 2 x 2 tiles comes where; 0..
     (1, 2, 3, 0), (3, 0, 1, 2), (2, 0, 3, 1), (1, 3, 0, 2),
 )  # fmt: skip
 MIN_SIDE = 8  # pixels
-CACHE = 2**20  # values of images worked on at a time, so that they stay in a CPU's cache
+CACHE = 2**21  # values of images worked on at a time, so that they stay in a CPU's cache
 
 
 # A_0: the weak augmentation ------------------------------------------------------------------
 
 
 def weak(
-    x: Tensor, generator: Generator, *, preset: str = "simclr", min_area: float | None = None
+    x: Tensor,
+    generator: Generator,
+    *,
+    preset: str = "simclr",
+    min_area: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """SimCLR's augmentation: crop and resize, flip, colour jitter, grey, blur.  [P!§4.2 R16]
 
@@ -68,7 +73,8 @@ def weak(
     x:        (B, 3, S, S) float in [0, 1].
     preset:   "simclr", or "ccd" for the strengths in the authors' earlier code.
     min_area: smallest crop, share of the image; None for the preset's (0.08, or 0.2).
-    returns:  (B, 3, S, S) in [0, 1], new memory.
+    out:      (B, 3, S, S) to write into, not x: at 256 px new memory costs a tenth of the time.
+    returns:  (B, 3, S, S) in [0, 1].
     raises:   ValueError for an unknown preset, a min_area outside (0, 1], other shapes.
     """
     side = _side(x)
@@ -87,7 +93,7 @@ def weak(
     op = torch.cat([op, greyed, blurred], 1)  # (B, 6)
     value = torch.cat([value, greyed, _uniform(generator, *SIGMA, b, 1)], 1)
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x) if out is None else out
     at_a_time = b if x.is_cuda else max(1, CACHE // x[0].numel())
     for first in range(0, b, at_a_time):
         part = slice(first, first + at_a_time)
@@ -151,14 +157,15 @@ def in_steps(
     Each step sorts the images by what is to be done, so that each change works in place on a slice
     of them. Gathering and scattering the images of each change would cost more than the changes.
 
+    x:         (B, 3, S, S); it is overwritten, and serves as working memory.
     op, value: (B, T).
-    returns:   (B, 3, S, S), new memory.
     """
     b, steps = op.shape
     order = op.argsort(dim=0, stable=True)
     row = torch.arange(b, device=op.device)  # where each image is
+    spare = torch.empty_like(x)
     for t in range(steps):
-        x = x.index_select(0, row[order[:, t]].to(x.device))
+        x, spare = torch.index_select(x, 0, row[order[:, t]].to(x.device), out=spare), x
         row = order[:, t].argsort()
         sorted_value = value[order[:, t], t].to(x.device, x.dtype).view(b, 1, 1, 1)
         counts = op[:, t].bincount(minlength=len(changes) + 1).tolist()
@@ -166,7 +173,7 @@ def in_steps(
         for change, (y, v) in zip(changes, groups, strict=True):
             if len(y):
                 change(y, v)
-    return x.index_select(0, row.to(x.device))
+    return torch.index_select(x, 0, row.to(x.device), out=spare)
 
 
 def brightness(x: Tensor, factor: Tensor) -> None:
@@ -550,7 +557,8 @@ def _cut(x: Tensor, lesions: Lesions, generator: Generator) -> Tensor:
     move = move.to(x.device)
     row = (lesions.row + move[:, :1]).clamp_(0, side - 1)
     col = (lesions.col + move[:, 1:]).clamp_(0, side - 1)
-    return x[_index(other % b, row, col)]
+    at = _index(x, other % b, row, col)
+    return x.reshape(-1).index_select(0, at).view(len(row), 3, row.shape[1], row.shape[1])
 
 
 def _paste(out: Tensor, patch: Tensor, opacity: Tensor, lesions: Lesions) -> Tensor:
@@ -562,18 +570,27 @@ def _paste(out: Tensor, patch: Tensor, opacity: Tensor, lesions: Lesions) -> Ten
     first = 0
     for count in lesions.rank.bincount().tolist():
         part = slice(first, first := first + count)
-        at = _index(lesions.image[part], lesions.row[part], lesions.col[part])
-        old = out[at]
-        out[at] = (patch[part] - old).mul_(opacity[part]).add_(old).clamp_(0, 1)
-        mask[:, 0][at[0][:, 0], at[2][:, 0], at[3][:, 0]] |= opacity[part, 0] > 0
+        place = lesions.image[part], lesions.row[part], lesions.col[part]
+        at = _index(out, *place)
+        old = out.view(-1).index_select(0, at).view(count, 3, *opacity.shape[2:])
+        new = (patch[part] - old).mul_(opacity[part]).add_(old).clamp_(0, 1)
+        out.view(-1).scatter_(0, at, new.view(-1))
+        at = _index(mask, *place)
+        changed = mask.view(-1).index_select(0, at) | (opacity[part] > 0).view(-1)
+        mask.view(-1).scatter_(0, at, changed)
     return mask
 
 
-def _index(image: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, ...]:
-    """What picks (K, 3, s, s) out of (N, 3, S, S)."""
-    channel = torch.arange(3, device=row.device)[:, None, None]
-    image = image.to(row.device)[:, None, None, None]
-    return image, channel, row[:, None, :, None], col[:, None, None, :]
+def _index(x: Tensor, image: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """Where x[image_k, :, row_ki, col_kj] lie in the flat x (N, C, S, S), in the order k, c, i, j.
+
+    One flat index is four to ten times as fast as x[image, :, row, col].
+    """
+    _, channels, _, side = x.shape
+    channel = torch.arange(channels, device=row.device)
+    plane = image.to(row.device)[:, None] * channels + channel  # (K, C)
+    line = plane[:, :, None] * side + row[:, None, :]  # (K, C, s)
+    return (line[..., None] * side + col[:, None, None, :]).view(-1)
 
 
 def _pixels(v: Tensor, axis: Tensor) -> Tensor:
@@ -628,7 +645,8 @@ def _everywhere(out: Tensor, n: Tensor) -> Tensor:
 def _sample(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
     """(B, 3, S, S): x at pixel positions row and col, which broadcast to (B, S, S); bilinear."""
     scale = 2 / (x.shape[-1] - 1)
-    grid = torch.stack(torch.broadcast_tensors(col * scale - 1, row * scale - 1), 3)
+    col, row = torch.broadcast_tensors(col * scale - 1, row * scale - 1)
+    grid = torch.view_as_real(torch.complex(col, row))  # (B, S, S, 2), the fastest way to pair them
     return F.grid_sample(x, grid, padding_mode="border", align_corners=True)
 
 
