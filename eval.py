@@ -46,6 +46,7 @@ class Config:
 
 
 DEFAULT = Config()
+MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: above that a set's heat maps lie in a temporary file
 
 # --- Measures, in the order of section 4.3 ----------------------------------------------------
 
@@ -415,12 +416,12 @@ def score_set(
 
     detector: score(images (B, 3, S, S) uint8) -> maps (B, S, S) float32, scores (B,).
     images:   (N, 3, S, S) uint8; a memory-map is read batch by batch.
-    returns:  scores (N,) float32 and maps (N, S, S) float32, in a temporary file above 1 GiB.
+    returns:  scores (N,) float32 and maps (N, S, S) float32, in a temporary file if large.
     raises:   ValueError if a score or heat map is NaN.
     """
     n, side = len(images), images.shape[-1]
     scores, maps = np.zeros(n, np.float32), np.zeros((0, side, side), np.float32)
-    if n * side * side > 2**28:
+    if n * side * side > MAPS_IN_MEMORY:
         with tempfile.TemporaryFile() as file:
             maps = np.memmap(file, np.float32, "w+", shape=(n, side, side))
     else:
@@ -817,18 +818,24 @@ def localisation_figure(
 def load_run(run: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run folder's config, its results (empty if there are none) and its detectors by name."""
     files = [run / name for name in ("detector.pt", "detector_igd.pt") if (run / name).is_file()]
-    if not files or not (run / "config.json").is_file():
+    config = _read_json(run / "config.json")
+    if not files or "image_size" not in config:
         raise ValueError(
             f"{run}: no finished run here (config.json and detector.pt are looked for)"
         )
-    results = run / "results.json"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (
-        json.loads((run / "config.json").read_text()),
-        json.loads(results.read_text()) if results.is_file() else {},
-        {type(d).__name__.lower(): d for d in (load_detector(file, device) for file in files)},
-    )
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {device}")
+    loaded = [load_detector(file, device) for file in files]
+    return config, _read_json(run / "results.json"), {type(d).__name__.lower(): d for d in loaded}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); move it away or run again") from None
 
 
 def evaluate_run(

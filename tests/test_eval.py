@@ -554,6 +554,21 @@ def test_cases_for_a_figure_cover_the_best_and_the_worst():
     assert ev.choose_cases(scores, labels, scores < 1) == [0]
 
 
+def test_frames_are_green_around_what_is_judged_rightly():
+    images = np.zeros((4, 3, 16, 16), np.uint8)
+    samples = [data.Sample(Path("x"), label, "kind") for label in (1, 0, 1, 0)]
+    scores = np.array([2.0, 0.0, 0.5, 1.0])  # found, passed, missed, false alarm
+    row = {"threshold": 1.0, "map_scale": (0.0, 1.0), "pixel_threshold": 0.5}
+    maps, masks = np.zeros((4, 16, 16), np.float32), np.zeros((4, 16, 16), bool)
+    figure = ev.localisation_figure(images, maps, masks, samples, scores, row, [0, 1, 2, 3])
+    pixels = np.asarray(figure)
+    for colour, column in ((ev.GREEN, (0, 1)), (ev.RED, (2, 3))):
+        x = np.flatnonzero((pixels == colour).all(-1).any(0)) - (pixels.shape[1] - 4 * 166)
+        assert sorted({k // 166 for k in x.tolist()}) == list(column)
+    plain = ev.localisation_figure(images, maps, None, samples, scores, row, [0, 1, 2, 3])
+    assert figure.height - plain.height == 2 * 166  # no prediction, no ground truth
+
+
 # --- Scoring, evaluation and the command line ----------------------------------------------------
 
 
@@ -619,6 +634,7 @@ def run(tmp_path, monkeypatch):
 
 def refused(capsys, *arguments):
     """The one line that a mistake prints; checks the exit status, 2."""
+    status: object
     try:
         status = ev.main([str(a) for a in arguments])
     except SystemExit as stopped:
@@ -628,12 +644,16 @@ def refused(capsys, *arguments):
     return err
 
 
-def test_score_set_does_not_depend_on_the_batch():
+def test_score_set_does_not_depend_on_the_batch(monkeypatch):
     images = np.random.default_rng(0).integers(0, 255, (7, 3, 32, 32), np.uint8)
     Padim.calls = []
     one, two = ev.score_set(Padim(), images, batch=3), ev.score_set(Padim(), images, batch=7)
     assert Padim.calls == [3, 3, 1, 7]
     assert all((a == b).all() and a.dtype == np.float32 for a, b in zip(one, two, strict=True))
+
+    monkeypatch.setattr(ev, "MAPS_IN_MEMORY", 0)
+    scores, maps = ev.score_set(Padim(), images, batch=3)
+    assert isinstance(maps, np.memmap) and (maps == one[1]).all() and (scores == one[0]).all()
 
     class Broken(Padim):
         def score(self, images):
@@ -765,6 +785,9 @@ def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):
     assert "invalid int value: 'x'" in refused(capsys, run, "--batch-size", "x")
     assert "unrecognized arguments: --nonsense" in refused(capsys, run, "--nonsense")
     assert "RUN" in refused(capsys)
+    assert "--device must be auto, cpu or cuda" in refused(capsys, run, "--device", "tpu")
+    (tmp_path / "empty" / "config.json").write_text('{"image_size": 3')
+    assert "config.json: damaged" in refused(capsys, tmp_path / "empty")
     assert refused(capsys, run, "--data", tmp_path / "nowhere")
     for path in (tmp_path / "set" / "test" / "spot").iterdir():
         path.unlink()
