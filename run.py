@@ -1,0 +1,176 @@
+"""What every training loop here shares: seeds, checkpoints, processes, the progress line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on all the numbers of `key`: seed, purpose, step, rank.
+
+    A step's draws need no history, so a resumed run draws what an unbroken one would have.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is many times slower."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+# --- files: written beside their place and moved there, so an interruption leaves the old one ----
+
+
+def save_atomically(value: dict, path: Path) -> None:
+    """torch.save of plain tensors, numbers and strings: loads with weights_only=True."""
+    partial = path.with_name(path.name + ".partial")
+    torch.save(value, partial)
+    os.replace(partial, path)
+
+
+def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    """A CSV file of rows with the same keys, numbers to six digits."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+    os.replace(partial, path)
+
+
+# --- processes: `torchrun --nproc-per-node R pmsacl.py ...` ---------------------------------------
+
+
+def join_processes() -> None:
+    """Join the other processes, if torchrun started this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes: (0, 1) for one process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks, rank by rank; the gradients of a row add up on its own rank."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        parts = [torch.empty_like(z) for _ in range(ranks()[1])]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        g = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(g)
+        rank, world = ranks()
+        return g.chunk(world)[rank]
+
+
+def gather(
+    z: Tensor, n: Tensor, pair: Tensor
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int] | None]:
+    """The global batch, so that eq. 5's denominator is over all of it.
+
+    z, n, pair: (N, Z), (N,), (N,) of this rank.
+    returns:    (R N, Z), (R N,), (R N,) of R ranks, and this rank's rows (None for one process).
+    """
+    rank, world = ranks()
+    if world == 1:
+        return z, n, pair, None
+    ids = torch.stack([n, pair + rank * len(n)])  # (2, N)
+    parts = [torch.empty_like(ids) for _ in range(world)]
+    dist.all_gather(parts, ids)
+    n_all, pair_all = torch.cat(parts, dim=1)
+    return _Gather.apply(z), n_all, pair_all, (rank * len(n), (rank + 1) * len(n))
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Mean over the ranks: each rank's loss is a mean over its own rows."""
+    _, world = ranks()
+    if world > 1:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients]) / world
+        dist.all_reduce(flat)
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(part.view_as(g))
+
+
+# --- the screen ----------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """A line on stderr, from the first process only."""
+    if ranks()[0] == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 20 s' or '2 h 05 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+LINE_EVERY = 30.0  # seconds between progress lines where stderr is no terminal
+LONG = 2 * 3600.0  # seconds: from here on a CPU user is told how to shorten the run
+
+
+class Meter:
+    """Progress of a training: in place on a terminal, a line now and then in a log file.
+
+    done, total: steps before this process, and in all.
+    images:      of one step, over all ranks.
+    """
+
+    def __init__(self, done: int, total: int, images: int, device: torch.device) -> None:
+        self.done, self.total, self.images, self.device = done, total, images, device
+        self.rate = float("nan")  # images a second, from the second step of this process on
+        self.first = done + 1
+        self.began = self.shown = time.monotonic()
+
+    def show(self, step: int, where: str, numbers: dict[str, float], *, last: bool) -> None:
+        """After step number `step`; `last` closes an epoch and always gets its line in a log."""
+        now = time.monotonic()
+        if step <= self.first:  # the first step fills caches and would spoil the estimate
+            self.began = now
+            return
+        per_step = (now - self.began) / (step - self.first)
+        self.rate = self.images / per_step
+        left = per_step * (self.total - step)
+        if step == self.first + 3:
+            self.announce(left)
+        terminal = sys.stderr.isatty()
+        if ranks()[0] == 0 and (terminal or last or now - self.shown > LINE_EVERY):
+            values = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+            line = f"{where}  {values}  {self.rate:.0f} images/s  {duration(left)} left"
+            end = "\n" if not terminal or step == self.total else ""
+            print(f"\r{line}\x1b[K" if terminal else line, end=end, file=sys.stderr, flush=True)
+            self.shown = now
+
+    def announce(self, left: float) -> None:
+        """The estimate of the first steps, and how to shorten what a CPU would take hours for."""
+        start = "\r" if sys.stderr.isatty() else ""
+        say(f"{start}{self.total} steps, about {duration(left)}")
+        if self.device.type == "cpu" and left > LONG:
+            say("that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish;"
+                " or lower --epochs and --image-size, or use a GPU")
