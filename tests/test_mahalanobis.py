@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, ROOT, U32, assert_within
+from conftest import BACKENDS, DEVICE, ROOT, RUNS_TRITON, U32, assert_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import HAS_TRITON, mahalanobis
+from kernels import mahalanobis
 from kernels.mahalanobis import mahalanobis_ref
-
-BACKENDS = ["torch"] + (["triton"] if HAS_TRITON else [])
 
 
 def make_case(B, P, D, seed, *, scale=1.0, ridge=0.1, layout="BPD", dtype=torch.float32):
@@ -109,7 +107,7 @@ def test_whitening_stored_as_bfloat16(backend, B):
     assert_within(got, exact, budget(x, mean, W, stored=2.0**-9 / U32))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs the Triton package")
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton, on a GPU or its interpreter")
 @pytest.mark.parametrize(("B", "D"), [(1, 448), (2, 550), (1, 1024)])
 def test_many_channels(B, D):
     x, mean, W, _ = make_case(B, 1, D, seed=4)
@@ -160,7 +158,7 @@ def test_permuting_images_and_positions_permutes_the_result(backend, case, seed)
     assert_within(moved, want, budget(x, mean, W)[b][:, p])
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs the Triton package")
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton, on a GPU or its interpreter")
 @pytest.mark.parametrize("B", [1, 5])
 def test_the_kernel_never_reads_above_the_diagonal(B):
     x, mean, W, _ = make_case(B, 3, 40, seed=7)
@@ -227,7 +225,7 @@ def test_unusable_backends_are_refused():
     x, mean, W, _ = make_case(2, 2, 3, seed=11)
     with pytest.raises(ValueError, match="backend"):
         mahalanobis.mahalanobis(x, mean, W, backend="numpy")
-    if HAS_TRITON:
+    if RUNS_TRITON:
         with pytest.raises(ValueError, match="Triton path takes"):
             mahalanobis.mahalanobis(x.double(), mean, W, backend="triton")
         with pytest.raises(ValueError, match="D <= 1024"):
