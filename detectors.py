@@ -1,0 +1,299 @@
+"""PaDiM on the pre-trained encoder, eq. 13, and the loader of saved detectors.   [P:§3.3]
+
+PaDiM is Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and
+Localization", 2020: `[D:(1)]` tags its equations. The distance itself is kernels/mahalanobis.py's.
+
+Sizes: N training images, B images to score, S pixels a side, P = (S/4)^2 positions (those of
+layer1), D channels, h = S/4.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from data import progress
+from encoder import ResNet18, normalise, to_unit
+from kernels.mahalanobis import mahalanobis
+
+LAYERS = (64, 128, 256)  # channels of layers 1-3, 448 together                   [P!§4.2 R19]
+SIGMA_AT = 256  # pixels a side for which PaDiM's sigma is meant
+CPU_PIXELS, GPU_PIXELS = 2**16, 2**22  # B S^2 that the network sees at once
+IMAGES = 32  # whose embeddings are held at once: W is read once for all of them
+POSITIONS = 256  # whose float64 factors are held at once
+
+
+def moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
+    """mu_p = 1/N sum_n x_np and sum_n (x_np - mu_p)(x_np - mu_p)^T, in one pass.   [D:(1)]
+
+    The data are shifted by the first batch's mean a: with r = x - a and its mean m, mu = a + m and
+    the sum is sum_n r r^T - N m m^T, which then cancels little. A batch's products are float32,
+    their sums float64.
+
+    batches: of embeddings (B, P, D) float32; memory depends on P and D, not on N.
+    returns: N, mu (P, D) and the scatter (P, D, D), both float64.
+    """
+    count, shift, total, scatter = 0, None, None, None
+    for x in batches:
+        if shift is None or total is None or scatter is None:
+            shift = x.mean(dim=0)  # (P, D)
+            total = torch.zeros_like(shift, dtype=torch.float64)  # (P, D)
+            scatter = total.new_zeros(*shift.shape, shift.shape[1])  # (P, D, D)
+        r = (x - shift).transpose(0, 1).contiguous()  # (P, B, D)
+        for p in range(0, len(r), POSITIONS):
+            block = r[p : p + POSITIONS]
+            scatter[p : p + POSITIONS] += block.mT @ block
+        total += r.sum(dim=1, dtype=torch.float64)
+        count += len(x)
+    if shift is None or total is None or scatter is None:
+        raise ValueError("[D:(1)] needs N >= 2 images, got none")
+    mean = total / count
+    for p in range(0, len(mean), POSITIONS):
+        m = mean[p : p + POSITIONS]
+        scatter[p : p + POSITIONS] -= count * m[:, :, None] * m[:, None, :]
+    return count, shift.double() + mean, scatter
+
+
+def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
+    """W_p, the inverse of the Cholesky factor of Sigma_p = scatter_p / (N - 1) + eps I.   [D:(1)]
+
+    W^T W = Sigma^-1. The factor and its inverse are float64 and only the result is rounded: a
+    float32 inverse of an ill-conditioned covariance is off by up to 6%, this by 3e-7.
+
+    scatter: (P, D, D) float64.
+    count:   N; 1/(N - 1) is the unbiased estimate.
+    eps:     ridge, in units of x squared: with N <= D images Sigma would be singular without it.
+    returns: W (P, D, D) float32, lower triangular.
+    raises:  ValueError if N < 2, or if some Sigma_p is not positive definite.
+    """
+    if count < 2:
+        raise ValueError(f"[D:(1)] needs N >= 2 images, got N={count}")
+    eye = torch.eye(scatter.shape[1], dtype=torch.float64, device=scatter.device)
+    w = torch.empty(scatter.shape, device=scatter.device)
+    for p in range(0, len(scatter), POSITIONS):
+        sigma = scatter[p : p + POSITIONS] / (count - 1) + eps * eye
+        factor, bad = torch.linalg.cholesky_ex(sigma)
+        if bad.any():
+            raise ValueError(
+                f"a covariance is not positive definite (eps={eps:g}): the features hold NaN or "
+                "infinity, or eps is too small"
+            )
+        w[p : p + POSITIONS] = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return w
+
+
+def upsampling(h: int, size: int, sigma: float) -> Tensor:
+    """U, with which U s U^T upsamples a map bilinearly and smooths it by a Gaussian.   [P!(13) R19]
+
+    Both are linear and separable, so one matrix does both. The edge is mirrored, as in PaDiM.
+
+    h:       side of the map s.
+    size:    S.
+    sigma:   of the Gaussian, in pixels of S; cut at 4 sigma. 0: no smoothing.
+    returns: (S, h) float32, each row summing to 1.
+    """
+    bilinear = F.interpolate(
+        torch.eye(h, dtype=torch.float64)[None], size=size, mode="linear", align_corners=False
+    )[0].T  # (S, h)
+    offsets = torch.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
+    weights = torch.exp(-0.5 * (offsets / max(sigma, 1e-9)).double().square())
+    at = (torch.arange(size)[:, None] + offsets) % (2 * size)  # mirrored: d c b a | a b c d
+    at = torch.where(at < size, at, 2 * size - 1 - at)  # (S, 8 sigma + 1)
+    gaussian = torch.zeros(size, size, dtype=torch.float64)
+    gaussian.scatter_add_(1, at, (weights / weights.sum()).expand(at.shape))
+    return (gaussian @ bilinear).float()
+
+
+class PaDiM:
+    """s(x_p) = sqrt((x_p - mu_p)^T Sigma_p^-1 (x_p - mu_p)) over the positions p.   [P:(13)]
+
+    x_p are channels of the encoder's layers 1-3 at position p of layer1; mu_p and Sigma_p are
+    those of healthy images, position by position.
+
+    backbone: a pre-trained ResNet-18; the detector keeps a copy, on the same device.
+    channels: D, drawn from the 448 of layers 1-3 by `seed`.   [P!§4.2 R19]
+    eps:      ridge of Sigma_p.
+    sigma:    pixels at S = 256 of the map's smoothing, scaled with S.
+    """
+
+    def __init__(
+        self,
+        backbone: ResNet18,
+        *,
+        channels: int = 100,
+        eps: float = 0.01,
+        sigma: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        if not 1 <= channels <= sum(LAYERS):
+            raise ValueError(f"channels must be 1 to {sum(LAYERS)}, got {channels}")
+        if not (eps >= 0 and sigma >= 0 and math.isfinite(eps + sigma)):
+            raise ValueError(f"eps and sigma must be 0 or above, got {eps} and {sigma}")
+        self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = self.backbone.conv1.weight.device
+        generator = torch.Generator().manual_seed(seed)
+        self.channels = torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values
+        self.eps, self.sigma, self.size = eps, sigma, 0
+        self.mean = self.whitening = self.upsampling = torch.empty(0)
+
+    @torch.no_grad()
+    def embeddings(self, images: np.ndarray | Tensor) -> Tensor:
+        """x_p: the chosen channels of layers 1-3, brought to layer1's positions.   [D:§III-A]
+
+        A deeper layer's vector is copied to the positions that it covers (nearest neighbour), as
+        in PaDiM's own code. The channels are chosen first: the same numbers for less work.
+
+        images:  (B, 3, S, S), uint8 or floating in [0, 1].
+        returns: (B, P, D) float32.
+        """
+        size, h = images.shape[-1], -(-images.shape[-1] // 4)
+        step = max(1, (CPU_PIXELS if self.device.type == "cpu" else GPU_PIXELS) // size**2)
+        x = torch.empty(len(images), h, h, len(self.channels), device=self.device)
+        for k in range(0, len(images), step):
+            batch = normalise(to_unit(images[k : k + step], self.device))
+            stages = self.backbone.stages(batch.to(memory_format=torch.channels_last), last=3)
+            first = used = 0
+            for layer in stages:
+                chosen = self.channels[
+                    (self.channels >= first) & (self.channels < first + layer.shape[1])
+                ]
+                features = layer.permute(0, 2, 3, 1)[..., (chosen - first).to(self.device)]
+                at = torch.arange(h, device=self.device) * layer.shape[2] // h  # (h,)
+                x[k : k + step, ..., used : used + len(chosen)] = features[:, at[:, None], at]
+                first, used = first + layer.shape[1], used + len(chosen)
+        return x.flatten(1, 2)  # (B, P, D)
+
+    def fit(self, images: ArrayLike | Tensor) -> PaDiM:
+        """mu_p and Sigma_p of healthy images, in one pass over them.   [D:(1)]
+
+        images: (N, 3, S, S), N >= 2, uint8 (a memory-map is read batch by batch) or floating in
+                [0, 1]. Memory does not depend on N.
+        raises: ValueError for another shape, or N < 2.
+        """
+        images = _checked(images)
+        if len(images) < 2:
+            raise ValueError(f"PaDiM needs N >= 2 training images, got N={len(images)}")
+        starts = range(0, len(images), IMAGES)
+        batches = (
+            self.embeddings(images[k : k + IMAGES])
+            for k in progress(starts, len(starts), "fit PaDiM")
+        )
+        count, mean, scatter = moments(batches)
+        self.mean, self.whitening = mean.float(), whitening(scatter, count, self.eps)
+        self._at(images.shape[-1])
+        return self
+
+    @torch.no_grad()
+    def score(self, images: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
+        """Heat maps of eq. 13, upsampled and smoothed, and s(x) = max_p s(x_p).   [P!(13) R19]
+
+        images:  (B, 3, S, S), uint8 or floating in [0, 1], of the size of the training images.
+        returns: maps (B, S, S) and scores (B,), float32: the score is its map's maximum.
+        raises:  ValueError before fit, or for another shape.
+        """
+        images = _checked(images)
+        if self.size == 0:
+            raise ValueError("PaDiM has to be fitted or loaded before it scores")
+        if images.shape[-1] != self.size:
+            raise ValueError(f"images must be {self.size} pixels a side, got {images.shape[-1]}")
+        maps = torch.empty(len(images), self.size, self.size, device=self.device)
+        for k in range(0, len(images), IMAGES):
+            x = self.embeddings(images[k : k + IMAGES])  # (B, P, D)
+            s = mahalanobis(x, self.mean, self.whitening)  # (B, P)
+            s = s.unflatten(1, (-1, self.upsampling.shape[1]))  # (B, h, h)
+            maps[k : k + IMAGES] = self.upsampling @ s @ self.upsampling.T  # (B, S, S)
+        return maps, maps.amax(dim=(1, 2))
+
+    def save(self, path: str | Path) -> None:
+        """One file that holds everything, the network too; it appears when it is complete."""
+        if self.size == 0:
+            raise ValueError("PaDiM has to be fitted before it is saved")
+        lower = torch.tril_indices(*self.whitening.shape[1:])
+        state = {
+            "kind": "padim",
+            "backbone": self.backbone.state_dict(),
+            "channels": self.channels,
+            "eps": self.eps,
+            "sigma": self.sigma,
+            "size": self.size,
+            "mean": self.mean,
+            "whitening": self.whitening[:, lower[0], lower[1]],  # (P, D (D + 1) / 2)
+        }
+        partial = Path(f"{path}.partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> PaDiM:
+        """What `save` wrote, on a device.   raises: ValueError if the file is another's."""
+        state = _read(path, device)
+        if state["kind"] != "padim":
+            raise ValueError(f"{path}: holds a detector of kind {state['kind']!r}, not 'padim'")
+        return cls._of(state, device)
+
+    @classmethod
+    def _of(cls, state: dict[str, Any], device: torch.device | str) -> PaDiM:
+        backbone = ResNet18().to(device)
+        backbone.load_state_dict(state["backbone"])
+        detector = cls(
+            backbone, channels=len(state["channels"]), eps=state["eps"], sigma=state["sigma"]
+        )
+        detector.channels, detector.mean = state["channels"].cpu(), state["mean"]
+        p, d = detector.mean.shape
+        lower = torch.tril_indices(d, d)
+        detector.whitening = torch.zeros(p, d, d, device=device)
+        detector.whitening[:, lower[0], lower[1]] = state["whitening"]
+        detector._at(state["size"])
+        return detector
+
+    def _at(self, size: int) -> None:
+        self.size = size
+        sigma = self.sigma * size / SIGMA_AT
+        self.upsampling = upsampling(-(-size // 4), size, sigma).to(self.device)
+
+
+def _checked(images: ArrayLike | Tensor) -> np.ndarray | Tensor:
+    """The images as an array or tensor that can be sliced; a memory-map stays one."""
+    if not isinstance(images, Tensor):
+        images = np.asanyarray(images)
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be (N, 3, S, S), got {tuple(images.shape)}")
+    return images
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> PaDiM:
+    """The detector that a file holds, by the kind that it names.
+
+    raises: OSError if it cannot be opened, ValueError if it is no detector.
+    """
+    state = _read(path, device)
+    if state["kind"] == "padim":
+        return PaDiM._of(state, device)
+    raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
+
+
+def _read(path: str | Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler fails in any way on bytes that are none of its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a detector file, or damaged ({reason})") from None
+    if not isinstance(state, dict) or "kind" not in state:
+        raise ValueError(f"{path}: not a detector file")
+    return state
