@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -45,7 +46,7 @@ LOOKED_FOR = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One test image: label 0 normal or 1 abnormal, kind its folder's name, mask None if unknown."""
+    """One test image: label 0 normal, 1 abnormal; kind its folder's name; mask None if unknown."""
 
     path: Path
     label: int
@@ -100,8 +101,8 @@ def discover(root: str | Path, *, seed: int = 0) -> Dataset:
         if dataset is not None:
             break
     else:
-        inside = ", ".join(sorted(_folders(root))[:8]) or "nothing"
-        raise ValueError(f"{root}: no image data set here (found: {inside}). Looked for {LOOKED_FOR}")
+        inside = ", ".join(f"{name}/" for name in sorted(_folders(root))[:8]) or "no images"
+        raise ValueError(f"{root}: found {inside} but no data set. Looked for {LOOKED_FOR}")
     if not dataset.train:
         raise ValueError(f"{root}: recognised as {dataset.layout}, but it has no training images")
     return dataset
@@ -155,7 +156,8 @@ def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Samp
     kinds:   the images of each folder name.
     raises:  ValueError if a mask belongs to no image.
     """
-    holders = [f for parent in {root, test} for n, f in _folders(parent).items() if n in MASKS]
+    parents = [root] if test == root else [root, test]
+    holders = [f for parent in parents for n, f in _folders(parent).items() if n in MASKS]
     shared = _by_stem(p for f in holders for p in _images(f))
     used: set[Path] = set()
     samples = []
@@ -164,7 +166,8 @@ def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Samp
         inner = _folders(test / kind) if (test / kind).is_dir() else {}
         own_folders = [f for n, f in inner.items() if n in MASKS]
         own_folders += [s for f in holders for n, s in _folders(f).items() if n == kind.lower()]
-        own = _by_stem(p for f in own_folders for p in _images(f)) if label else {}
+        found = (p for f in own_folders for p in _images(f, deep=True))
+        own = _by_stem(found) if label else {}
         for path in paths:
             mask = own.get(path.stem) or shared.get(path.stem)
             used |= {mask} if mask else set()
@@ -291,14 +294,14 @@ def _unit_range(values: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
     return np.clip(values / next((r for r in ranges if top <= r), top), 0, 1)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, behind: str = "white") -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits, always grey
         ranges = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
         grey = _unit_range(np.asarray(image), ranges)
         return Image.fromarray(np.round(255 * grey).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, behind), rgba).convert("RGB")
     return image.convert("RGB")
 
 
@@ -340,8 +343,8 @@ def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -
         if mask.size != shape:
             (w, h), (iw, ih) = mask.size, shape
             raise ValueError(f"{path}: mask of {w} x {h} pixels for an image of {iw} x {ih}")
-    if mask.mode == "P" or mask.mode == "CMYK" or mask.has_transparency_data:
-        mask = _over_black(mask)
+    if mask.mode in ("P", "CMYK") or mask.has_transparency_data:
+        mask = _rgb(mask, "black")
     values = np.asarray(mask)
     values = values.max(axis=2) if values.ndim == 3 else values
     inside = _unit_range(values, (1, 255, 65535)) > 0.5 if values.any() else values > 0
@@ -349,11 +352,6 @@ def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -
         raise ValueError(f"{path}: no value above half, largest {values.max()}; write 0 and 255")
     small = Image.fromarray(inside.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
     return np.asarray(small).astype(bool)
-
-
-def _over_black(mask: Image.Image) -> Image.Image:
-    rgba = mask.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
 
 
 # -------------------------------------------------------------------------------- decoding
@@ -432,18 +430,32 @@ def _cached(
     stamp = json.dumps([CACHE_VERSION, shape, blank, [[_stamp(p) for p in key] for key in keys]])
     name = hashlib.sha256(stamp.encode()).hexdigest()[:24]
     data, done = folder / f"{name}.u8", folder / f"{name}.json"
-    if not (data.is_file() and done.is_file()):
+    bad = _complete(data, done, len(keys), math.prod(shape), blank)
+    if bad is None or (bad and not skip_bad):
+        done.unlink(missing_ok=True)
         bad = _write_rows(keys, read, shape, data, label, blank)
+        if bad and (not skip_bad or len(bad) == len(keys)):
+            data.unlink()
+            hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
+            why = "; ".join(bad.values())
+            raise ValueError(f"{len(bad)} of {len(keys)} files cannot be used: {why}{hint}")
         part = folder / f"{name}.json.part-{os.getpid()}"
         part.write_text(json.dumps(bad), encoding="utf-8")
         os.replace(part, done)
-    bad = {int(i): reason for i, reason in json.loads(done.read_text(encoding="utf-8")).items()}
-    if bad and (not skip_bad or len(bad) == len(keys)):
-        why = "; ".join(bad.values())
-        hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
-        raise ValueError(f"{len(bad)} of {len(keys)} files cannot be used: {why}{hint}")
     rows = len(keys) if blank else len(keys) - len(bad)
     return np.memmap(data, np.uint8, "r", shape=(rows, *shape)), bad
+
+
+def _complete(
+    data: Path, done: Path, count: int, row_bytes: int, blank: bool
+) -> dict[int, str] | None:
+    """The unreadable indices of a complete cache, None if there is none to use."""
+    try:
+        bad = {int(i): why for i, why in json.loads(done.read_text(encoding="utf-8")).items()}
+        whole = data.stat().st_size == row_bytes * (count if blank else count - len(bad))
+    except (OSError, ValueError):
+        return None
+    return bad if whole else None
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
@@ -470,12 +482,12 @@ def _write_rows(
         except (ValueError, OSError) as error:
             return str(error)
 
-    for old in target.parent.glob(f"{target.name}.part-*"):  # of a killed run
-        if not _alive(int(old.name.rpartition("-")[2])):
+    for old in target.parent.glob("*.part-*"):
+        if time.time() - old.stat().st_mtime > 60:  # left by a killed run: nobody writes to it
             old.unlink(missing_ok=True)
     part = target.with_name(f"{target.name}.part-{os.getpid()}")
     bad: dict[int, str] = {}
-    pool = ThreadPoolExecutor(_cores())
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         # Plain writes: a full disk is then an OSError, where a memory-map would be a bus error.
         with open(part, "wb") as file:
@@ -495,26 +507,23 @@ def _write_rows(
     return bad
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return pid != os.getpid()
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
-
-
 def progress(
-    items: Iterable[T], total: int, label: str, *, file: TextIO = sys.stderr, every: float = 10.0
+    items: Iterable[T],
+    total: int,
+    label: str,
+    *,
+    file: TextIO | None = None,
+    every: float = 10.0,
 ) -> Iterator[T]:
     """Pass items on and show how many are done and the time left.
 
     On a terminal one line is rewritten in place; elsewhere a line is printed every `every`
     seconds, and a last one if the whole took at least a second.
+
+    file:    standard error if None.
+    every:   seconds between two lines where the file is no terminal.
     """
+    file = file or sys.stderr
     start = shown = time.monotonic()
     live, done, width = file.isatty(), 0, 0
     try:
@@ -573,7 +582,7 @@ def phantom(
         if (root / "phantom.json").is_file() and (root / "phantom.json").read_text() == made:
             return
         raise ValueError(f"{root}: holds something else; give the phantom images another folder")
-    part = root.with_name(f".{root.name}.part-{os.getpid()}")
+    part = root.with_name(f".{root.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         for split in ("train/good", "test/good", "test/lesion", "ground_truth/lesion"):
@@ -589,6 +598,8 @@ def phantom(
             if split == "test/lesion":
                 Image.fromarray(mask).save(part / "ground_truth/lesion" / f"{i:04d}_mask.png")
         (part / "phantom.json").write_text(made)
+        if root.is_dir():
+            root.rmdir()  # empty
         os.replace(part, root)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -607,110 +618,108 @@ def _colonoscopy(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One view down a colon: uint8 image (S, S, 3) and mask (S, S) of 0 and 255.
 
-    A height field (haustral folds, unevenness, lesions) on a tube is lit from the camera; colour
-    is a mucosa tint with vessels; then highlights, vignetting, the scope's frame, sensor noise.
+    A height field (haustral folds, unevenness, lesions) on a bent tube, painted as mucosa with
+    vessels, is lit from the camera.
     """
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j].astype(np.float32)  # (S, S)
     frame = np.hypot(x, y)
-    x += 0.06 * _noise(rng, size, 3)  # the tube bends
-    y += 0.06 * _noise(rng, size, 3)
-    cx, cy = rng.uniform(0, 1.1) * _direction(rng)  # the lumen, often off the centre
-    u, v = x - cx, y - cy
-    angle, r = np.arctan2(v, u), np.hypot(u, v) + 1e-6
-    r *= 1 + rng.uniform(0.04, 0.16) * np.cos(3 * angle + rng.uniform(0, 6.28))  # three taeniae
-    u, v = u / np.maximum(np.hypot(u, v), 1e-3), v / np.maximum(np.hypot(u, v), 1e-3)
+    x, y = x + 0.06 * _noise(rng, size, 3), y + 0.06 * _noise(rng, size, 3)  # the tube bends
+    angle = rng.uniform(0, 2 * np.pi)
+    lumen = rng.uniform(0, 1.1) * np.array([np.cos(angle), np.sin(angle)])  # often off the centre
+    u, v = x - lumen[0], y - lumen[1]
+    r = np.hypot(u, v) + 1e-3
+    u, v = u / r, v / r  # outwards: the side of a slope that the camera sees
+    lobes = rng.uniform(0.04, 0.16) * np.cos(3 * np.arctan2(v, u) + rng.uniform(0, 2 * np.pi))
+    r *= 1 + lobes  # three taeniae make the section a triangle
 
-    # Height: folds are rings in perspective, broken into crescents by noise.
+    # Folds are rings in perspective, broken into crescents by noise.
     turns = rng.uniform(1.2, 2.4) * np.log(r + 0.1) + 0.12 * _noise(rng, size, 3) + rng.uniform()
-    ring = 0.5 + 0.5 * np.cos(2 * np.pi * turns)
+    ring = (0.5 + 0.5 * np.cos(2 * np.pi * turns)) ** rng.uniform(1.5, 4)
     crest = np.clip(0.5 + 0.55 * _noise(rng, size, 2.5), 0, 1)
-    height = rng.uniform(0.05, 0.13) * crest * ring ** rng.uniform(2, 5) * np.minimum(r, 1)
+    height = rng.uniform(0.03, 0.07) * crest * ring * np.minimum(r, 1)
     height += 0.012 * _noise(rng, size, 5) + 0.003 * _noise(rng, size, 14)
+    colour = _mucosa(rng, size)
+    shadow = np.ones((size, size))
+    mask = np.zeros((size, size), np.uint8)
+    for _ in range(1 + (rng.random() < 0.2) if lesions else 0):
+        inside, dome, rim, tissue = _lesion(rng, x, y, lumen, colour)
+        mask[inside > 0.5] = 255
+        height = height * (1 - 0.7 * inside) + dome
+        colour += inside[..., None] * (tissue - colour)
+        shadow *= 1 - rim
+    edge = rng.choice([1.08, 1.5])  # the scope's round frame, often outside the picture
+    mask[frame > edge] = 0
+    image = _photograph(rng, height, colour, shadow, (u, v, r))
+    image *= (1 - rng.uniform(0.1, 0.25) * frame**2)[..., None]
+    image *= np.clip((edge - frame) * size / 4, 0, 1)[..., None]
+    image = np.clip(image + rng.normal(0, 0.012, image.shape), 0, 1) ** rng.uniform(0.85, 1.05)
+    return np.round(255 * image).astype(np.uint8), mask
 
-    tint = np.array([0.86, 0.50, 0.40]) * (1 + rng.normal(0, [0.04, 0.10, 0.12]))
-    other = tint * (1 + rng.normal(0, [0.03, 0.08, 0.10]))
+
+def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Colour (S, S, 3): two tints blended by noise, and branching vessels.
+
+    Vessels run where smooth noise crosses zero, coarse ones and fine ones.
+    """
+    tint = np.array([0.88, 0.48, 0.35]) * (1 + rng.normal(0, [0.04, 0.08, 0.11]))
+    other = tint * (1 + rng.normal(0, [0.03, 0.06, 0.08]))
     blend = np.clip(0.5 + 0.4 * _noise(rng, size, 3), 0, 1)[..., None]
     colour = blend * tint + (1 - blend) * other + 0.012 * _noise(rng, size, 20)[..., None]
-    vessel = _vessels(rng, size) * rng.uniform(0.05, 0.35)
-
-    mask = np.zeros((size, size), bool)
-    shadow = np.ones((size, size), np.float32)
-    for _ in range(1 + (rng.random() < 0.2) if lesions else 0):
-        inside, dome, rim, paint, pits = _lesion(rng, x, y, (cx, cy), frame)
-        mask |= inside > 0.5
-        height = height * (1 - 0.7 * inside) + dome
-        colour = colour * (1 + inside[..., None] * (paint - 1)) + (inside * pits)[..., None]
-        vessel = vessel * (1 - inside)
-        shadow = shadow * (1 - rim)
-
-    # Light from the camera: slopes that face it, that is away from the lumen, are bright.
-    gy, gx = (g * (size / 2) for g in np.gradient(height))
-    slope = gx * u + gy * v + 0.4 * (gx * rng.normal() + gy * rng.normal())
-    near = 1 - np.exp(-((r / rng.uniform(0.25, 0.5)) ** 1.6))  # falls off along the tube
-    light = near * np.clip(1 - 0.75 * slope, 0.25, 1.5) * shadow * rng.uniform(0.75, 1.05)
-    light *= 1 - rng.uniform(0.15, 0.4) * frame**2 / 2
-    absorb = np.array([0.35, 1.0, 0.9])  # blood takes green and blue
-    image = (0.03 + light[..., None]) * colour * (1 - vessel[..., None] * absorb)
-
-    wet = 0.5 * _noise(rng, size, 26) + 0.4 * _noise(rng, size, 9) - 1.2 * np.abs(slope + 0.25)
-    shine = np.clip((wet * near - rng.uniform(0.75, 1.15)) * 5, 0, 1) * (near > 0.3)
-    image += (0.75 * shine[..., None]) * (1 - image)
-    edge = rng.uniform(1.02, 1.5)  # the scope's round frame, often outside the picture
-    image *= np.clip((edge - frame) * size / 4, 0, 1)[..., None]
-    image += rng.normal(0, 0.012, image.shape)
-    image = np.clip(image, 0, 1) ** (1 / rng.uniform(0.95, 1.15))
-    return np.round(255 * image).astype(np.uint8), np.uint8(255) * mask
-
-
-def _direction(rng: np.random.Generator) -> np.ndarray:
-    angle = rng.uniform(0, 2 * np.pi)
-    return np.array([np.cos(angle), np.sin(angle)])
-
-
-def _vessels(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Branching lines (S, S) in [0, 1]: where smooth noise crosses zero, coarse and fine."""
-    lines = np.zeros((size, size), np.float32)
-    for cells, width in ((4, 0.07), (8, 0.12)):
-        there = np.clip(0.3 + 0.8 * _noise(rng, size, 3), 0, 1)
-        wave = _noise(rng, size, cells) + 0.3 * _noise(rng, size, 3 * cells)
-        lines = np.maximum(lines, there * np.exp(-((wave / width) ** 2)))
-    return lines
+    depth = rng.uniform(0.05, 0.4)
+    for cells, width in ((4, 0.08), (8, 0.12)):
+        wave = (_noise(rng, size, cells) + 0.3 * _noise(rng, size, 3 * cells)) / width
+        vessel = depth * np.clip(0.3 + 0.8 * _noise(rng, size, 3), 0, 1) * np.exp(-(wave**2))
+        colour *= 1 - vessel[..., None] * [0.35, 1.0, 0.9]  # blood takes green and blue
+    return colour
 
 
 def _lesion(
-    rng: np.random.Generator,
-    x: np.ndarray,
-    y: np.ndarray,
-    lumen: tuple[float, float],
-    frame: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A raised polyp, or one time in four a flat lesion, away from the lumen and in the frame.
+    rng: np.random.Generator, x: np.ndarray, y: np.ndarray, lumen: np.ndarray, colour: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A raised polyp, or one time in four a flat lesion, in view and off the lumen.
 
-    returns: coverage (S, S) in [0, 1], height (S, S), rim shadow (S, S), the factor (3,) on the
-             mucosa's colour, and the texture (S, S) added to it.
+    returns: coverage (S, S) in [0, 1], height (S, S), shadow around it (S, S), colour (S, S, 3).
     """
     for _ in range(100):
         at = rng.uniform(-0.75, 0.75, 2)
-        away = float(np.hypot(at[0] - lumen[0], at[1] - lumen[1]))
+        away = np.hypot(*(at - lumen))
         if away > 0.4 and np.hypot(*at) < 0.85:
             break
     size, flat = len(x), rng.random() < 0.25
-    radius = np.exp(rng.uniform(np.log(0.13), np.log(0.36))) * min(1.0, 0.6 + 0.4 * away)
-    turn, aspect = rng.uniform(0, np.pi), rng.uniform(1, 1.6)
-    dx, dy = x - at[0], y - at[1]
-    p = (np.cos(turn) * dx + np.sin(turn) * dy) / aspect**0.5
-    q = (np.cos(turn) * dy - np.sin(turn) * dx) * aspect**0.5
+    radius = np.exp(rng.uniform(np.log(0.2), np.log(0.6))) * min(1.0, 0.6 + 0.4 * away)
+    turn, aspect = rng.uniform(0, np.pi), rng.uniform(1, 1.6) ** 0.5
+    p = (np.cos(turn) * (x - at[0]) + np.sin(turn) * (y - at[1])) / aspect
+    q = (np.cos(turn) * (y - at[1]) - np.sin(turn) * (x - at[0])) * aspect
     theta = np.arctan2(q, p)
-    outline = 1 + sum(
-        rng.normal(0, 0.16 / k) * np.cos(k * theta + rng.uniform(0, 6.28)) for k in range(2, 6)
-    )
-    rho = np.hypot(p, q) / (radius * outline)  # 1 on the outline
-    inside = np.clip((1 - rho) / rng.uniform(0.08, 0.25) + 0.5, 0, 1)
-    dome = np.sqrt(np.clip(1 - rho**2, 0, 1)) * radius * rng.uniform(0.35, 0.8)
-    lobes = 1 + 0.12 * _noise(rng, size, rng.uniform(6, 14))
-    rim = 0.35 * np.exp(-(((rho - 1.08) / 0.12) ** 2)) * rng.uniform(0.3, 1)
-    paints = ((1.04, 0.78, 0.80), (1.03, 1.12, 1.14), (0.90, 0.80, 0.74))  # red, pale, brown
-    paint = 1 + (np.array(paints[rng.integers(3)]) - 1) * rng.uniform(0.4, 1.2)
-    pits = rng.uniform(0.01, 0.04) * _noise(rng, size, rng.uniform(22, 40))
-    lift = 0.08 if flat else 1.0
-    return inside, lift * dome * lobes, lift * rim, paint, pits
+    rho = np.hypot(p, q) / radius  # 1 on the outline
+    for k in range(2, 6):
+        rho *= 1 + rng.normal(0, 0.16 / k) * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
+    inside = np.clip((1 - rho) / rng.uniform(0.1, 0.3) + 0.5, 0, 1)
+    dome = np.clip(1 - rho**2, 0, 1) ** rng.uniform(0.7, 1.2) * radius * rng.uniform(0.25, 0.6)
+    dome *= (0.08 if flat else 1) * (1 + 0.06 * _noise(rng, size, rng.uniform(5, 11)))
+    rim = rng.uniform(0, 0.05 if flat else 0.3) * np.exp(-(((rho - 1.08) / 0.12) ** 2))
+    paint = np.array([(1.04, 0.78, 0.80), (1.03, 1.12, 1.14), (0.9, 0.8, 0.74)][rng.integers(3)])
+    strength = rng.uniform(0.7, 1.5) + (0.3 if flat else 0)  # redder, paler or browner than around
+    base = colour.mean(axis=(0, 1)) * 0.6 + colour * 0.4  # vessels fade under it
+    pits = rng.uniform(0.02, 0.06) * _noise(rng, size, rng.uniform(22, 40))
+    return inside, dome, rim, base * (1 + strength * (paint - 1)) + pits[..., None]
+
+
+def _photograph(
+    rng: np.random.Generator,
+    height: np.ndarray,
+    colour: np.ndarray,
+    shadow: np.ndarray,
+    tube: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Light from the camera, which falls off along the tube, and highlights on wet slopes."""
+    u, v, r = tube
+    gy, gx = (g * (len(height) / 2) for g in np.gradient(height))
+    slope = np.tanh(gx * u + gy * v + 0.4 * (gx * rng.normal() + gy * rng.normal()))
+    near = 1 - np.exp(-((r / rng.uniform(0.25, 0.5)) ** 1.6))  # the lumen is dark
+    light = near * (1 - 0.65 * slope) * shadow * rng.uniform(0.7, 1.15)
+    image = (0.03 + light[..., None]) * colour
+    wet = 0.35 * _noise(rng, len(height), 22) + 0.5 * _noise(rng, len(height), 8)
+    wet = (wet - 1.5 * np.abs(slope + 0.3)) * near - rng.uniform(0.5, 1.2)
+    shine = np.clip(3 * wet, 0, 1) * (near > 0.3)
+    return image + 0.8 * shine[..., None] * (1 - image)
