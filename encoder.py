@@ -8,12 +8,21 @@ Sizes: B images, S pixels a side, Z = 128 output features, A classes; the backbo
 
 from __future__ import annotations
 
+import contextlib
 import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from run import say
+
+T = TypeVar("T", Tensor, nn.Module)
 
 POOLED = 512  # channels of layer4
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, in [0, 1]: what its weights expect
@@ -53,7 +62,9 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = (
-            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
             if stride != 1 or inputs != outputs
             else None
         )
@@ -174,3 +185,62 @@ class Encoder(nn.Module):
     def position_logits(self, z1: Tensor, z2: Tensor) -> Tensor:
         """f_gamma before its softmax, on the difference of two patches: (B, 8).   [P!(9) R18]"""
         return self.f_gamma(z1 - z2)
+
+
+# --- start weights, memory order, batch-norm -----------------------------------------------------
+
+IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+
+
+def start_weights(backbone: ResNet18, init: str) -> str:
+    """Fill the backbone as --init says.   [P!§4.2 R14]
+
+    init:    "random" leaves it as it is; "imagenet" insists on torch.hub's cached or downloaded
+             weights and "auto" goes on without them; else a file in torchvision's format.
+    returns: what the network starts from: "random", "imagenet" or the file's name.
+    raises:  ValueError if ImageNet's weights cannot be had, or the file is no ResNet-18.
+    """
+    if init == "random":
+        return init
+    if init in ("auto", "imagenet"):
+        try:
+            weights = torch.hub.load_state_dict_from_url(
+                IMAGENET, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        except (OSError, RuntimeError) as error:  # no network, or a damaged download
+            if init == "imagenet":
+                raise ValueError(
+                    f"--init imagenet: no weights from {IMAGENET} ({error}); put that file into "
+                    f"{torch.hub.get_dir()}/checkpoints, or use --init random"
+                ) from None
+            say("ImageNet weights are neither cached nor to be downloaded: random start weights")
+            return "random"
+        backbone.load_state_dict(weights)
+        return "imagenet"
+    try:
+        backbone.load_state_dict(torch.load(init, map_location="cpu", weights_only=True))
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--init {init}: no state dict of a resnet18 ({reason})") from None
+    return Path(init).name
+
+
+def channels_last(x: T) -> T:
+    """The memory order in which convolutions are fastest, for a batch or a network."""
+    return x.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def frozen_averages(module: nn.Module) -> Iterator[None]:
+    """Batch-norm on batch statistics, its running averages left alone.   [P!(2) R5]"""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, (training, tracking) in zip(norms, before, strict=True):
+            norm.train(training)
+            norm.track_running_stats = tracking

@@ -14,68 +14,81 @@ Sizes: B images of a batch, A classes, N = 2 A B views, Z features, S pixels a s
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import csv
 import dataclasses
+import functools
 import json
 import math
-import os
+import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
 import detectors
 import eval as evaluation
 import medmix
-from encoder import Encoder, ResNet18, to_unit
+from encoder import Encoder, ResNet18, channels_last, frozen_averages, start_weights, to_unit
 from kernels.contrastive import contrastive
+from run import (
+    Meter,
+    Parser,
+    autocast,
+    average_gradients,
+    gather,
+    generator,
+    join_processes,
+    ranks,
+    save_atomically,
+    say,
+    synchronised,
+    write_rows,
+)
 
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order
 
 
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, and the only source of its defaults."""
+    """Every setting of a run, and the only source of its defaults; section 4.2 where it says."""
 
-    data: str = ""  # folder of images; "" is the phantom data set
-    out: str = ""  # run folder; "" is the next free runs/NAME
-    preset: str = ""  # "paper" | "quick"; "" is quick for the phantoms, else paper
-    terms: str = "ctr,pmsacl,aug"  # of eq. 1, for the encoder of whole images   [P!(1) R13]
-    local_terms: str = "ctr,pmsacl,aug,pos"  # for IGD's encoder of 32 px patches    [P!(9) R13]
-    classes: int = 4  # |A|                                                 [P:§3.1]
-    tau: float = 0.2  # temperature                                         [P!(7) R3]
-    alpha: float = 2.0  # weakens the repulsion within a class                [P!(7) R3]
-    positive_scale: str = "kappa"  # "kappa" | "tau" | a number             [P!(5) R2]
-    features: str = "unit"  # "unit" | "raw"                                [P!(3) R20]
-    centre_weight: float = 1.0  # factor of the multi-centring loss           [P!(1) R20]
-    aug_head: str = "backbone"  # "backbone" | "projection"                 [P!(8) R17]
-    weak: str = "simclr"  # "simclr" | "ccd"                                [P!§4.2 R16]
-    init: str = "auto"  # "auto" | "imagenet" | "random" | FILE             [P!§4.2 R14]
-    epochs: int = 2000  #                                                     [P!§4.2 R15]
-    batch_size: int = 32  # images                                            [P:§4.2]
-    image_size: int = 256  # S, pixels                                        [P:§4.2]
-    lr: float = 0.01  # at the start                                          [P:§4.2]
-    lr_end: float = 1e-5  # of the cosine                                     [P!§4.2 R15]
-    local_lr: float = 0.1  # at the start, for the encoder of patches         [P!§4.2 R15]
-    momentum: float = 0.9  #                                                  [P!§4.2 R15]
-    weight_decay: float = 3e-4  #                                             [P!§4.2 R15]
-    detector: str = "padim"  # "padim" | "igd" | "both"
-    igd_epochs: int = 256  # of IGD's own training                            [P!§4.2 IGD]
-    paper_protocol: bool = False  # keep the validation images among the test images  [P!§4.3 R8]
-    skip_bad: bool = False  # leave unreadable files out instead of stopping
-    seed: int = 0
-    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1"
+    data: str = _option("", "folder of images (default: phantom images are drawn)")
+    out: str = _option("", "run folder (default: the next free runs/NAME)")
+    preset: str = _option("", "paper (default with --data) or quick (what a CPU can finish)")
+    terms: str = _option("ctr,pmsacl,aug", "of eq. 1, comma-separated          [P!(1) R13]")
+    local_terms: str = _option("ctr,pmsacl,aug,pos", "for 32 px patches       [P!(9) R13]")
+    classes: int = _option(4, "|A|: 0 to |A| - 1 lesions                         [P!§3.1 R1]")
+    tau: float = _option(0.2, "temperature                                       [P!(7) R3]")
+    alpha: float = _option(2.0, "weakens the repulsion within a class            [P!(7) R3]")
+    positive_scale: str = _option("kappa", "kappa, tau or a number               [P!(5) R2]")
+    features: str = _option("unit", "unit or raw                                 [P!(3) R20]")
+    centre_weight: float = _option(1.0, "factor of l_ctr                         [P!(1) R20]")
+    aug_head: str = _option("backbone", "f_beta sees the backbone or projection  [P!(8) R17]")
+    weak: str = _option("simclr", "weak augmentation: simclr or ccd              [P!§4.2 R16]")
+    init: str = _option("auto", "auto, imagenet, random or a FILE                [P!§4.2 R14]")
+    epochs: int = _option(2000, "                                                [P!§4.2 R15]")
+    batch_size: int = _option(32, "images; views are 2 |A| times as many         [P:§4.2]")
+    image_size: int = _option(256, "pixels a side                                [P:§4.2]")
+    lr: float = _option(0.01, "learning rate at the start                        [P:§4.2]")
+    lr_end: float = _option(1e-5, "of the cosine                                 [P!§4.2 R15]")
+    local_lr: float = _option(0.1, "at the start, for 32 px patches              [P!§4.2 R15]")
+    momentum: float = _option(0.9, "of SGD                                       [P!§4.2 R15]")
+    weight_decay: float = _option(3e-4, "of SGD                                  [P!§4.2 R15]")
+    paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
+    skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
+    seed: int = _option(0, "of every random draw")
+    device: str = _option("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:
         choices = {
@@ -83,7 +96,6 @@ class Config:
             "features": ("unit", "raw"),
             "aug_head": ("backbone", "projection"),
             "weak": ("simclr", "ccd"),
-            "detector": ("padim", "igd", "both"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -97,7 +109,7 @@ class Config:
         for name in ("centre_weight", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise _bad(self, name, "0 or above")
-        least = {"classes": 1, "epochs": 1, "batch_size": 2, "igd_epochs": 1, "seed": 0}
+        least = {"classes": 1, "epochs": 1, "batch_size": 2, "seed": 0}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise _bad(self, name, f"{lowest} or above")
@@ -113,7 +125,7 @@ def _bad(config: Config, name: str, wanted: str) -> ValueError:
 
 PRESETS: dict[str, dict[str, int | float]] = {
     "paper": {},  # section 4.2, the defaults above
-    "quick": {"image_size": 64, "batch_size": 16, "epochs": 8, "lr": 0.03, "igd_epochs": 30},
+    "quick": {"image_size": 64, "batch_size": 16, "epochs": 8, "lr": 0.03},
 }
 
 
@@ -246,7 +258,7 @@ def patch_pairs(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 
 
 def crop(x: Tensor, corner: Tensor) -> Tensor:
-    """The 32 px patch of each image at its corner (y, x): (B, 3, S, S), (B, 2) -> (B, 3, 32, 32)."""
+    """The 32 px patch at (y, x) of each image: (B, 3, S, S), (B, 2) -> (B, 3, 32, 32)."""
     reach = torch.arange(PATCH, device=x.device)
     rows = (corner[:, :1] + reach)[:, None, :, None]  # (B, 1, 32, 1)
     columns = (corner[:, 1:] + reach)[:, None, None, :]  # (B, 1, 1, 32)
@@ -302,13 +314,16 @@ def loss_terms(
     if "ctr" in names:
         terms["ctr"] = config.centre_weight * multi_centring_loss(z, n, c)
     if "pmsacl" in names:
+        z_all, n_all, pair_all, rows = gather(z, n, pair)
         terms["pmsacl"] = contrastive_loss(
-            *gather(z, n, pair),
-            c=c,
+            z_all,
+            n_all,
+            pair_all,
+            c,
             tau=config.tau,
             alpha=config.alpha,
             positive_scale=positive_scale(config),
-            rows=own_rows(len(z)),
+            rows=rows,
         )
     if "aug" in names:
         terms["aug"] = augmentation_loss(logits.float(), n)
@@ -326,15 +341,165 @@ HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pret
 SAVE_EVERY = 60.0  # seconds between checkpoints
 
 
-@dataclass
-class State:
-    """What a checkpoint holds, beside the weights and the optimiser's buffers."""
+def cosine(start: float, end: float, progress: float) -> float:
+    """The learning rate at a fraction 0..1 of the training.   [P!§4.2 R15]"""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
-    step: int
-    c: Tensor  # (A, Z)
-    spread: float  # of z at the start
-    log: list[dict[str, float]]  # a row an epoch
-    sums: dict[str, float]  # of the loss terms in the epoch under way
+
+class Pretraining:
+    """One encoder on its way: order of the data, centres, weights, optimiser, progress.
+
+    Every step draws from a generator made of (seed, step), so that a run that was stopped and
+    one that was not draw the same numbers.
+
+    images: (N, 3, S, S) uint8, healthy.
+    local:  the encoder of 32 px patches for IGD's local model.
+    raises: ValueError if there are too few images for a batch of two beside those held back.
+    """
+
+    def __init__(self, images: np.ndarray, config: Config, *, local: bool = False) -> None:
+        self.images, self.config, self.local = images, config, local
+        self.device = torch.device(config.device)
+        self.rank, world = ranks()
+        n = len(images)
+        held = min(64, max(config.batch_size // 2, round(HELD_BACK * n)), n // 4)
+        order = np.random.default_rng([config.seed, 1]).permutation(n)
+        self.watched, self.trained = order[:held], order[held:]
+        self.batch = min(config.batch_size, len(self.trained)) // world  # images of this process
+        if self.batch < 2:
+            raise ValueError(
+                f"{n} training images for {world} process(es): a batch needs two images or more"
+            )
+        self.global_batch = self.batch * world
+        self.steps = len(self.trained) // self.global_batch  # an epoch; no partial batch
+        self.total = self.steps * config.epochs
+
+        self.encoder = Encoder(
+            classes=config.classes,
+            features=config.features,
+            aug_head=config.aug_head,
+            generator=generator(config.seed, 2),
+        )
+        self.init = start_weights(self.encoder.backbone, config.init)
+        self.encoder = synchronised(channels_last(self.encoder.to(self.device)).train())
+        self.optimiser = torch.optim.SGD(
+            self.encoder.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.step_done = 0
+        self.c = torch.zeros(0)  # (A, Z)
+        self.log: list[dict[str, float]] = []  # a row an epoch
+        self.sums: dict[str, float] = {}  # of each loss term in the epoch under way
+        self.spread = 0.0  # of z at the start
+
+    def draws(self, *purpose: int) -> torch.Generator:
+        return generator(self.config.seed, *purpose, device=self.device)
+
+    def batch_of(self, indices: np.ndarray) -> Tensor:
+        return to_unit(self.images[np.sort(indices)], self.device)  # in the order of the file
+
+    def start(self) -> None:
+        """The centres of eq. 2, and how far z is spread before any training."""
+        chunks = np.array_split(self.trained, self.steps)
+
+        def views() -> Iterator[tuple[Tensor, Tensor]]:
+            for i, chunk in enumerate(data.progress(chunks, len(chunks), "class centres")):
+                yield self.views_of(chunk, self.draws(3, i))
+
+        self.c = class_centres(self.encoder, views())
+        self.spread = self.health()["spread"]
+
+    def views_of(self, indices: np.ndarray, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = self.batch_of(indices)
+        x = patch_pairs(x, draws)[0] if self.local else x
+        views, n, _ = class_views(x, self.config, draws)
+        return channels_last(views), n
+
+    @torch.no_grad()
+    def health(self) -> dict[str, float]:
+        """Is the pretext task learned, or has eq. 3 collapsed?   [P!(3) R20]
+
+        returns: spread, the mean standard deviation of z; distance, the mean distance between
+                 class means; accuracy of f_beta; on held-back images, in evaluation mode.
+        """
+        self.encoder.eval()
+        views, n = self.views_of(self.watched, self.draws(4))
+        z, h = self.encoder.embed(views)
+        accuracy = (self.encoder.aug_logits(z, h).argmax(dim=1) == n).float().mean()
+        means = torch.stack([z[n == k].mean(dim=0) for k in n.unique()])  # (A, Z)
+        distance = torch.pdist(means).mean() if len(means) > 1 else torch.zeros(())
+        self.encoder.train()
+        spread = z.std(dim=0).mean()
+        return {"spread": float(spread), "distance": float(distance), "accuracy": float(accuracy)}
+
+    def step(self) -> dict[str, float]:
+        """One step of SGD on the loss of eq. 1; the value of each term before it.
+
+        raises: FloatingPointError when a term is not finite, before the weights are touched.
+        """
+        config = self.config
+        epoch, position = divmod(self.step_done, self.steps)
+        shuffled = np.random.default_rng([config.seed, 5, epoch]).permutation(self.trained)
+        first = position * self.global_batch + self.rank * self.batch
+        start = config.local_lr if self.local else config.lr
+        for group in self.optimiser.param_groups:
+            group["lr"] = cosine(start, config.lr_end, self.step_done / self.total)
+
+        x = self.batch_of(shuffled[first : first + self.batch])
+        draws = self.draws(6, self.step_done, self.rank)
+        terms = loss_terms(self.encoder, x, self.c, config, draws, local=self.local)
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(
+                f"the loss is not finite in epoch {epoch + 1}, step {position + 1} ({values}): "
+                f"lower the learning rate ({start:g}); the last checkpoint is kept"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        average_gradients(self.encoder)
+        self.optimiser.step()
+        self.step_done += 1
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+        return {name: value / (position + 1) for name, value in self.sums.items()}
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Log the epoch with the health of the pretext task; warn once of a collapse."""
+        self.log.append(row | self.health())
+        self.sums = {}
+        low = [row["spread"] < 0.1 * self.spread for row in self.log]
+        if low[-1] and not any(low[:-1]):
+            say(
+                f"collapse: the spread of z fell from {self.spread:.2g} to "
+                f"{self.log[-1]['spread']:.2g}; see R20 in the README (--features, --centre-weight)"
+            )
+
+    def save(self, path: Path) -> None:
+        save_atomically(
+            {
+                "encoder": self.encoder.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                **{name: getattr(self, name) for name in PROGRESS},
+            },
+            path,
+        )
+
+    def load(self, path: Path) -> None:
+        """raises: ValueError if the checkpoint is of other training images."""
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["total"] != self.total:
+            raise ValueError(
+                f"{path}: of {saved['total']} steps, but these images make {self.total}: the "
+                "training images have changed; begin another run"
+            )
+        self.encoder.load_state_dict(saved["encoder"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        for name in PROGRESS:
+            setattr(self, name, saved[name])
+
+
+PROGRESS = ("step_done", "total", "c", "log", "sums", "spread", "init")  # of a checkpoint
 
 
 def pretrain(
@@ -347,327 +512,262 @@ def pretrain(
 ) -> tuple[Encoder, str]:
     """Minimise eq. 1 over D; start anew, or go on from the run's checkpoint.   [P:§4.2]
 
-    Every step draws from a generator made of (seed, step), so that a run that was stopped and
-    one that was not draw the same numbers.
-
-    images:  (N, 3, S, S) uint8, healthy.
-    local:   the encoder of 32 px patches for IGD's local model.
-    returns: the encoder in evaluation mode, and what it started from.
-    raises:  FloatingPointError when the loss is not finite; the last checkpoint stays.
+    save_every: seconds between checkpoints.
+    returns:    the encoder in evaluation mode, and what it started from.
+    raises:     as Pretraining; FloatingPointError when the loss is not finite.
     """
     suffix = "_local" if local else ""
     path = run / f"checkpoint{suffix}.pt"
-    device = torch.device(config.device)
-    rank, world = ranks()
-    held = min(64, max(config.batch_size // 2, round(HELD_BACK * len(images))), len(images) // 4)
-    order = np.random.default_rng([config.seed, 1]).permutation(len(images))
-    watched, trained = order[:held], order[held:]
-    batch = min(config.batch_size, len(trained)) // world
-    if batch < 2:
-        raise ValueError(f"{len(images)} training images are too few: each batch needs two or more")
-    steps = max(1, len(trained) // (batch * world))  # an epoch; the last partial batch is left out
-    total = steps * config.epochs
-
-    encoder = Encoder(
-        classes=config.classes,
-        features=config.features,
-        aug_head=config.aug_head,
-        generator=generator(config.seed, 2),
-    )
-    started_from = start_weights(encoder.backbone, config.init)
-    encoder = synchronised(channels_last(encoder.to(device)).train())
-    optimiser = torch.optim.SGD(
-        encoder.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-
-    def batch_of(indices: np.ndarray) -> Tensor:
-        return to_unit(images[np.sort(indices)], device)
-
-    def all_views() -> Iterator[tuple[Tensor, Tensor]]:
-        chunks = np.array_split(trained, max(1, len(trained) // batch))
-        for i, chunk in enumerate(chunks):
-            draws = generator(config.seed, 3, i, device=device)
-            x = batch_of(chunk)
-            x = patch_pairs(x, draws)[0] if local else x
-            views, n, _ = class_views(x, config, draws)
-            yield channels_last(views), n
-
-    def watch() -> dict[str, float]:
-        draws = generator(config.seed, 4, device=device)
-        x = batch_of(watched)
-        x = patch_pairs(x, draws)[0] if local else x
-        return pretext_health(encoder, *class_views(x, config, draws)[:2])
-
+    training = Pretraining(images, config, local=local)
     if path.exists():
-        state = load_checkpoint(path, encoder, optimiser, device)
+        training.load(path)
     else:
-        say(f"class centres: one pass over {len(trained)} images")
-        c = class_centres(encoder, all_views())
-        state = State(0, c, watch()["spread"], [], {})
-
-    meter = Meter(state.step, total, batch * world, device)
+        training.start()
+    meter = Meter(training.step_done, training.total, training.global_batch, training.device)
     saved = time.monotonic()
-    while state.step < total:
-        epoch, position = divmod(state.step, steps)
-        shuffled = np.random.default_rng([config.seed, 5, epoch]).permutation(trained)
-        start = (position * world + rank) * batch
-        draws = generator(config.seed, 6, state.step, rank, device=device)
-        lr = cosine(config.local_lr if local else config.lr, config.lr_end, state.step / total)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-
-        x = batch_of(shuffled[start : start + batch])
-        terms = loss_terms(encoder, x, state.c, config, draws, local=local)
-        loss = torch.stack(list(terms.values())).sum()
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(
-                f"the loss is not finite at epoch {epoch + 1}, step {position + 1} ({values}): "
-                f"lower --lr ({config.lr:g}); the last good state is kept in {run}"
-            )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(encoder)
-        optimiser.step()
-
-        state.step += 1
-        for name, value in values.items():
-            state.sums[name] = state.sums.get(name, 0.0) + value
-        means = {name: value / (position + 1) for name, value in state.sums.items()}
-        meter.show(state.step, epoch, config.epochs, means, lr)
-        if position + 1 == steps:
+    while training.step_done < training.total:
+        means = training.step()
+        epoch, position = divmod(training.step_done - 1, training.steps)
+        lr = training.optimiser.param_groups[0]["lr"]
+        last = position + 1 == training.steps
+        where = f"{'local ' if local else ''}epoch {epoch + 1}/{config.epochs}"
+        meter.show(training.step_done, where, means | {"lr": lr}, last=last)
+        if last:
             row = {"epoch": epoch + 1, **means, "lr": lr, "images_per_second": meter.rate}
-            state.log.append(row | watch())
-            state.sums = {}
-            if row_collapsed(state) and rank == 0:
-                say(f"collapse: the spread of z fell to {state.log[-1]['spread']:.2g}; see R20")
-        if rank == 0 and (state.step == total or time.monotonic() - saved > save_every):
-            save_checkpoint(path, encoder, optimiser, state)
-            write_log(run / f"log{suffix}.csv", state.log)
+            training.end_epoch(row)
+        due = training.step_done == training.total or time.monotonic() - saved > save_every
+        if due and training.rank == 0:
+            training.save(path)
+            if training.log:
+                write_rows(run / f"log{suffix}.csv", training.log)
             saved = time.monotonic()
-    return encoder.eval(), started_from
+    return training.encoder.eval(), training.init
 
 
-def cosine(start: float, end: float, progress: float) -> float:
-    """The learning rate at a fraction 0..1 of the training.   [P!§4.2 R15]"""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+# --- the command line --------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def pretext_health(encoder: Encoder, views: Tensor, n: Tensor) -> dict[str, float]:
-    """Is anything learned, or has eq. 3 collapsed?   [P!(3) R20]
+def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
+    """The options that were given, by field of Config, and --resume's value (None if absent)."""
+    parser = Parser(prog="pmsacl.py", description=__doc__.split("\n")[0])
+    for field in dataclasses.fields(Config):
+        option = "--" + field.name.replace("_", "-")
+        kind = type(field.default)
+        if kind is bool:
+            parser.add_argument(
+                option, action="store_true", default=None, help=field.metadata["help"]
+            )
+        else:
+            default = f" (default: {field.default})" if field.default != "" else ""
+            parser.add_argument(option, type=kind, help=field.metadata["help"] + default)
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with this run (default: --out)"
+    )
+    given = {
+        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
+    }
+    return given, given.pop("resume", None)
 
-    returns: spread, the mean standard deviation of z; distance, the mean distance between class
-             means; accuracy of f_beta; all on held-back images in evaluation mode.
+
+def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
+    """The whole config: the given options over the run's own, or over the preset's.
+
+    raises: ValueError if an option is impossible, or is not what the run to resume has.
     """
-    encoder.eval()
-    z, h = encoder.embed(channels_last(views))
-    accuracy = (encoder.aug_logits(z, h).argmax(dim=1) == n).float().mean()
-    means = torch.stack([z[n == k].mean(dim=0) for k in n.unique()])
-    distance = torch.pdist(means).mean() if len(means) > 1 else torch.zeros(())
-    encoder.train()
-    return {"spread": float(z.std(dim=0).mean()), "distance": float(distance),
-            "accuracy": float(accuracy)}
+    run = Path(resume or given.get("out") or default_run(given.get("data", ""), resume is not None))
+    file = run / "config.json"
+    if resume is not None and file.exists():
+        saved = json.loads(file.read_text())
+        saved = {name: saved[name] for name in Config.__dataclass_fields__}
+        for name, value in given.items():
+            if name not in ("out", "device") and value != saved[name]:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{run} was begun with {option} {saved[name]}, not {value}: leave the option "
+                    "out, or begin another run without --resume"
+                )
+        given = saved | given
+    elif resume and not run.exists():
+        raise ValueError(f"--resume {resume}: no such run")
+    elif run.exists() and any(run.iterdir()) and resume is None:
+        raise ValueError(f"--out {run}: exists; add --resume to go on with it, or name another")
+    preset = given.get("preset") or ("paper" if given.get("data") else "quick")
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    start = {} if given.get("data") else {"init": "random"}  # nothing to learn from ImageNet there
+    device = given.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (device == "cpu" or device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {device!r}")
+    settled = {"preset": preset, "device": device, "out": str(run)}
+    return Config(**(start | PRESETS[preset] | given | settled)), run
 
 
-def row_collapsed(state: State) -> bool:
-    """True in the first epoch whose spread of z is under a tenth of the start's.   [P!(3) R20]"""
-    low = [row["spread"] < 0.1 * state.spread for row in state.log]
-    return low[-1] and not any(low[:-1])
+def default_run(source: str, newest: bool) -> Path:
+    """runs/NAME of the data set, or NAME-2, ...: the newest that exists, or the next free one."""
+    name = Path(source).resolve().name if source else "phantom"
+    number, run = 1, Path("runs", name)
+    while run.exists():
+        number += 1
+        following = Path("runs", f"{name}-{number}")
+        if newest and not following.exists():
+            break
+        run = following
+    return run
 
 
-# --- plumbing: checkpoints, weights, devices, ranks, the screen --------------------------------
+@dataclass(frozen=True)
+class Images:
+    """The decoded data set: what the phases after it share."""
+
+    dataset: data.Dataset
+    train: np.ndarray  # (N, 3, S, S) uint8
+    test: np.ndarray | None  # (M, 3, S, S) uint8, one for each of dataset.test
+    masks: np.ndarray | None  # (M, S, S)
+    known: np.ndarray | None  # (M,) bool
 
 
-@contextlib.contextmanager
-def frozen_averages(module: nn.Module) -> Iterator[None]:
-    """Batch-norm on batch statistics, its running averages left alone.   [P!(2) R5]"""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.training, norm.track_running_stats) for norm in norms]
-    for norm in norms:
-        norm.train()
-        norm.track_running_stats = False
+def prepare(config: Config, run: Path) -> Images:
+    """Find, check and decode the images, or draw the phantoms; config.json closes the phase.
+
+    raises: ValueError or OSError; a run folder that this call made is gone again.
+    """
+    existed = run.exists()
+    if config.data:
+        data.discover(config.data, seed=config.seed).check_test()  # before anything is written
     try:
-        yield
-    finally:
-        for norm, (training, tracking) in zip(norms, before, strict=True):
-            norm.train(training)
-            norm.track_running_stats = tracking
+        run.mkdir(parents=True, exist_ok=True)
+        root = Path(config.data or run / "phantom")
+        if not config.data:
+            data.phantom(root, size=config.image_size)
+        found = data.discover(root, seed=config.seed)
+        decode = functools.partial(
+            data.decode, size=config.image_size, cache_dir=run / "cache", skip_bad=config.skip_bad
+        )
+        train, kept = decode(found.train)
+        found = dataclasses.replace(found, train=tuple(found.train[i] for i in kept))
+        test = masks = known = None
+        if found.test:
+            test, kept = decode([sample.path for sample in found.test])
+            found = dataclasses.replace(found, test=tuple(found.test[i] for i in kept))
+            found.check_test()
+        if found.has_masks:
+            masks, known = data.decode_masks(
+                found.test, config.image_size, run / "cache", skip_bad=config.skip_bad
+            )
+        if not (run / "config.json").exists():
+            content = dataclasses.asdict(config) | {"data": str(root)} | versions()
+            evaluation.write_file(run / "config.json", json.dumps(content, indent=2).encode())
+    except BaseException:
+        if not existed:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+    return Images(found, train, test, masks, known)
 
 
-def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose draws depend on all the numbers of `key`: seed, purpose, step, rank."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(seed)
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on beside its options."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "commit": commit,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is many times slower."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def main_job(config: Config, run: Path) -> None:
+    """Pre-train, fit the detectors, evaluate them beside the untrained network, report."""
+    seconds: dict[str, float] = {}
+    images = prepare(config, run)
+    say(plan(config, images, run))
+
+    began = time.monotonic()
+    encoder, init = pretrain(images.train, config, run)
+    seconds["pretrain"] = time.monotonic() - began
+    if ranks()[0] > 0:
+        return  # the detectors are one process's work
+    save_atomically(encoder.backbone.state_dict(), run / "encoder.pt")
+    figures(images, config, run)
+
+    began = time.monotonic()
+    found: dict[str, Any] = {"padim": detectors.PaDiM(encoder.backbone, seed=config.seed)}
+    found["padim"].fit(images.train).save(run / "detector.pt")
+    seconds["detector"] = time.monotonic() - began
+    untrained = ResNet18(generator(config.seed, 2)).to(config.device).eval()
+    found["untrained"] = detectors.PaDiM(untrained, seed=config.seed).fit(images.train)
+
+    extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
+    if images.test is None:
+        evaluation.write_results(run, extra)
+        say(f"no test images: score some with  python eval.py {run} --score FILES")
+        return
+    evaluation.evaluate(
+        run,
+        images.dataset,
+        found,
+        images.test,
+        images.masks,
+        images.known,
+        seed=config.seed,
+        paper_protocol=config.paper_protocol,
+        extra=extra,
+    )
+    print((run / "results.md").read_text(), end="")
+    say(f"weights, scores and figures are in {run}")
 
 
-def channels_last(x):
-    """The memory order in which convolutions are fastest, for a batch or a network."""
-    return x.to(memory_format=torch.channels_last)
-
-
-def save_atomically(value: dict, path: Path) -> None:
-    """torch.save by way of a temporary file: an interruption leaves the old file whole."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(value, partial)
-    os.replace(partial, path)
-
-
-def save_checkpoint(
-    path: Path, encoder: nn.Module, optimiser: torch.optim.Optimizer, state: State
-) -> None:
-    """Weights, momentum and progress, as plain tensors and numbers."""
-    save_atomically(
-        {
-            "encoder": encoder.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "state": dataclasses.asdict(state),
-        },
-        path,
+def plan(config: Config, images: Images, run: Path) -> str:
+    """What is about to happen, in a few lines."""
+    dataset = images.dataset
+    abnormal = sum(sample.label for sample in dataset.test)
+    masks = sum(sample.mask is not None for sample in dataset.test)
+    return (
+        f"{dataset.root}: {dataset.layout}; {len(dataset.train)} healthy training images, "
+        f"{len(dataset.test) - abnormal} normal and {abnormal} abnormal test images, "
+        f"{masks} masks\n"
+        f"{config.preset}: {config.classes} classes, {config.epochs} epochs, batches of "
+        f"{config.batch_size} images ({2 * config.classes * config.batch_size} views) at "
+        f"{config.image_size} px on {config.device}; results go to {run}"
     )
 
 
-def load_checkpoint(
-    path: Path, encoder: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
-) -> State:
-    """The inverse of `save_checkpoint`: fills the network and the optimiser in place."""
-    saved = torch.load(path, map_location=device, weights_only=True)
-    encoder.load_state_dict(saved["encoder"])
-    optimiser.load_state_dict(saved["optimiser"])
-    return State(**saved["state"])
+def figures(images: Images, config: Config, run: Path) -> None:
+    """figures/medmix.png: training images under A_0 .. A_n, as in Fig. 2.   [P:§3.1]"""
+    x = to_unit(images.train[: max(2, min(5, len(images.train)))], "cpu")
+    draws = generator(config.seed, 7)
+    columns = [x] + [
+        medmix.medmix(x, torch.full((len(x),), n), draws)[0] for n in range(1, config.classes)
+    ]
+    cells = [[(column[i] * 255).byte().numpy() for column in columns] for i in range(len(x))]
+    names = [f"A_{n}: {n} lesion{'s' * (n != 1)}" for n in range(config.classes)]
+    grid = evaluation.image_grid(cells, columns=names, title="MedMix")
+    evaluation.write_file(run / "figures" / "medmix.png", evaluation.png(grid))
 
 
-def write_log(path: Path, rows: list[dict[str, float]]) -> None:
-    """log.csv: a row an epoch, each loss term a column."""
-    if rows:
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
-        os.replace(partial, path)
-
-
-IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-
-
-def start_weights(backbone: ResNet18, init: str) -> str:
-    """Fill the backbone as `--init` says.   [P!§4.2 R14]
-
-    returns: "random", "imagenet" or the file's name: what the network starts from.
-    raises:  ValueError if the file is no ResNet-18, or ImageNet's weights are insisted on and
-             cannot be had.
-    """
-    if init == "random":
-        return "random"
-    if init in ("auto", "imagenet"):
-        try:
-            weights = torch.hub.load_state_dict_from_url(
-                IMAGENET, map_location="cpu", progress=False, check_hash=True, weights_only=True
-            )
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            if init == "imagenet":
-                raise ValueError(
-                    f"--init imagenet: {IMAGENET} cannot be had ({error}); put it into "
-                    f"{torch.hub.get_dir()}/checkpoints, or use --init random"
-                ) from error
-            say("ImageNet's weights are neither cached nor to be downloaded: random start weights")
-            return "random"
-        backbone.load_state_dict(weights)
-        return "imagenet"
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0, 2 for a mistake of the user's (one line), 130 when interrupted."""
+    run = None
     try:
-        backbone.load_state_dict(torch.load(init, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load raises many kinds on a file that is not a state dict
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--init {init}: not a state dict of torchvision's resnet18: {reason}") from error
-    return Path(init).name
+        given, resume = parse(argv)
+        config, run = resolve(given, resume)
+        join_processes()
+        main_job(config, run)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print("pmsacl.py:", str(error).replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with  python pmsacl.py --resume {run}", file=sys.stderr)
+        return 130
+    return 0
 
 
-def ranks() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) unless torchrun started it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks, rank by rank; the gradient of each row returns to its rank."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:
-        parts = [torch.empty_like(z) for _ in range(ranks()[1])]
-        torch.distributed.all_gather(parts, z.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        torch.distributed.all_reduce(gradient)
-        return gradient.chunk(ranks()[1])[ranks()[0]]
-
-
-def gather(z: Tensor, n: Tensor, pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z, n and pair of the global batch, so that eq. 5's denominator is over all of it."""
-    rank, world = ranks()
-    if world == 1:
-        return z, n, pair
-    ids = torch.stack([n, pair + rank * len(n)])  # (2, N)
-    parts = [torch.empty_like(ids) for _ in range(world)]
-    torch.distributed.all_gather(parts, ids)
-    n, pair = torch.cat(parts, dim=1)
-    return _Gather.apply(z), n, pair
-
-
-def own_rows(n: int) -> tuple[int, int] | None:
-    """The rows of this rank among the gathered ones."""
-    rank, world = ranks()
-    return (rank * n, (rank + 1) * n) if world > 1 else None
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Mean over the ranks: each rank's loss is a mean over its share of the rows."""
-    world = ranks()[1]
-    if world > 1:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]) / world
-        torch.distributed.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-
-def synchronised(module: Encoder) -> Encoder:
-    """Batch-norm over all ranks where torch has it, which is on GPUs."""
-    on_gpu = next(module.parameters()).is_cuda
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if ranks()[1] > 1 and on_gpu else module
-
-
-def say(text: str) -> None:
-    """A line on the screen, from the first process only."""
-    if ranks()[0] == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-class Meter:
-    """The progress line: in place on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, done: int, total: int, images: int, device: torch.device) -> None:
-        self.first, self.total, self.images, self.device = done, total, images, device
-        self.started = self.shown = time.monotonic()
-        self.rate = 0.0  # images a second
-
-    def show(
-        self, step: int, epoch: int, epochs: int, means: dict[str, float], lr: float
-    ) -> None:
-        now = time.monotonic()
-        done = step - self.first
-        if done == 1:  # the first step warms caches up and would spoil the estimate
-            self.started, self.first, self.after_first = now, step, now - self.started
-            return
-        per_step = (now - self.started) / done
-        self.rate = self.images / per_step
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -112,7 +116,20 @@ def average_gradients(module: nn.Module) -> None:
             g.copy_(part.view_as(g))
 
 
+def synchronised(module: M) -> M:
+    """Batch-norm over all ranks where torch has it, which is on GPUs."""
+    on_gpu = next(module.parameters()).is_cuda
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if ranks()[1] > 1 and on_gpu else module
+
+
 # --- the screen ----------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def say(text: str) -> None:
@@ -172,5 +189,7 @@ class Meter:
         start = "\r" if sys.stderr.isatty() else ""
         say(f"{start}{self.total} steps, about {duration(left)}")
         if self.device.type == "cpu" and left > LONG:
-            say("that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish;"
-                " or lower --epochs and --image-size, or use a GPU")
+            say(
+                "that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish;"
+                " or lower --epochs and --image-size, or use a GPU"
+            )
