@@ -556,15 +556,16 @@ def _clock(seconds: float) -> str:
 def phantom(
     root: str | Path,
     *,
-    train: int = 160,
-    good: int = 100,
-    abnormal: int = 100,
+    train: int = 200,
+    good: int = 150,
+    abnormal: int = 150,
     size: int = 128,
     seed: int = 0,
 ) -> None:
     """Write procedural endoscopy-like images as an MVTec folder of PNG files with masks.
 
-    A stand-in for trying the program, never evidence about the method. The folder appears when
+    A stand-in for trying the program, never evidence about the method. One scope looks along
+    the colon, so that images align as position-wise detectors need them to. The folder appears when
     complete; one that the same call has written before is left as it is.
 
     root:    folder to make: train/good, test/good, test/lesion, ground_truth/lesion.
@@ -625,7 +626,7 @@ def _colonoscopy(
     frame = np.hypot(x, y)
     x, y = x + 0.06 * _noise(rng, size, 3), y + 0.06 * _noise(rng, size, 3)  # the tube bends
     angle = rng.uniform(0, 2 * np.pi)
-    lumen = rng.uniform(0, 1.1) * np.array([np.cos(angle), np.sin(angle)])  # often off the centre
+    lumen = rng.uniform(0, 0.15) * np.array([np.cos(angle), np.sin(angle)])
     u, v = x - lumen[0], y - lumen[1]
     r = np.hypot(u, v) + 1e-3
     u, v = u / r, v / r  # outwards: the side of a slope that the camera sees
@@ -636,7 +637,7 @@ def _colonoscopy(
     turns = rng.uniform(1.2, 2.4) * np.log(r + 0.1) + 0.12 * _noise(rng, size, 3) + rng.uniform()
     ring = (0.5 + 0.5 * np.cos(2 * np.pi * turns)) ** rng.uniform(1.5, 4)
     crest = np.clip(0.5 + 0.55 * _noise(rng, size, 2.5), 0, 1)
-    height = rng.uniform(0.03, 0.07) * crest * ring * np.minimum(r, 1)
+    height = rng.uniform(0.015, 0.035) * crest * ring * np.minimum(r, 1)
     height += 0.012 * _noise(rng, size, 5) + 0.003 * _noise(rng, size, 14)
     colour = _mucosa(rng, size)
     shadow = np.ones((size, size))
@@ -647,7 +648,7 @@ def _colonoscopy(
         height = height * (1 - 0.7 * inside) + dome
         colour += inside[..., None] * (tissue - colour)
         shadow *= 1 - rim
-    edge = rng.choice([1.08, 1.5])  # the scope's round frame, often outside the picture
+    edge = 1.08  # the scope's round frame
     mask[frame > edge] = 0
     image = _photograph(rng, height, colour, shadow, (u, v, r))
     image *= (1 - rng.uniform(0.1, 0.25) * frame**2)[..., None]
@@ -661,11 +662,11 @@ def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
 
     Vessels run where smooth noise crosses zero, coarse ones and fine ones.
     """
-    tint = np.array([0.88, 0.48, 0.35]) * (1 + rng.normal(0, [0.04, 0.08, 0.11]))
+    tint = np.array([0.88, 0.48, 0.35]) * (1 + rng.normal(0, [0.02, 0.03, 0.04]))
     other = tint * (1 + rng.normal(0, [0.03, 0.06, 0.08]))
     blend = np.clip(0.5 + 0.4 * _noise(rng, size, 3), 0, 1)[..., None]
     colour = blend * tint + (1 - blend) * other + 0.012 * _noise(rng, size, 20)[..., None]
-    depth = rng.uniform(0.05, 0.4)
+    depth = rng.uniform(0.05, 0.25)
     for cells, width in ((4, 0.08), (8, 0.12)):
         wave = (_noise(rng, size, cells) + 0.3 * _noise(rng, size, 3 * cells)) / width
         vessel = depth * np.clip(0.3 + 0.8 * _noise(rng, size, 3), 0, 1) * np.exp(-(wave**2))
@@ -717,9 +718,9 @@ def _photograph(
     gy, gx = (g * (len(height) / 2) for g in np.gradient(height))
     slope = np.tanh(gx * u + gy * v + 0.4 * (gx * rng.normal() + gy * rng.normal()))
     near = 1 - np.exp(-((r / rng.uniform(0.25, 0.5)) ** 1.6))  # the lumen is dark
-    light = near * (1 - 0.65 * slope) * shadow * rng.uniform(0.7, 1.15)
+    light = near * (1 - 0.65 * slope) * shadow * rng.uniform(0.9, 1.1)
     image = (0.03 + light[..., None]) * colour
-    wet = 0.35 * _noise(rng, len(height), 22) + 0.5 * _noise(rng, len(height), 8)
-    wet = (wet - 1.5 * np.abs(slope + 0.3)) * near - rng.uniform(0.5, 1.2)
+    wet = 0.6 * _noise(rng, len(height), 26) + 0.3 * _noise(rng, len(height), 8)
+    wet = (wet - 1.5 * np.abs(slope + 0.3)) * near - rng.uniform(1.3, 1.8)
     shine = np.clip(3 * wet, 0, 1) * (near > 0.3)
     return image + 0.8 * shine[..., None] * (1 - image)
