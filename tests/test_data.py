@@ -1,0 +1,709 @@
+"""data.py: layouts, reading as a viewer shows, the decode cache, the phantom folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter, ImageOps
+
+import data
+
+S = 32
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40), **save) -> Path:
+    """A smooth colour image, different for each seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, **save)
+    return path
+
+
+def lesion(path: Path, size: tuple[int, int] = (40, 40), value: int = 255) -> Path:
+    """A mask whose left half is set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = np.zeros(size[::-1], np.uint8)
+    mask[:, : size[0] // 2] = value
+    Image.fromarray(mask).save(path)
+    return path
+
+
+def mvtec(root: Path, n: int = 3) -> Path:
+    for i in range(n):
+        picture(root / f"train/good/{i}.png", i)
+        picture(root / f"test/good/{i}.png", 10 + i)
+        picture(root / f"test/polyp/{i}.jpg", 20 + i)
+        lesion(root / f"ground_truth/polyp/{i}_mask.png")
+    return root
+
+
+# ---------------------------------------------------------------------------------- layouts
+
+
+def test_mvtec(tmp_path):
+    found = data.discover(mvtec(tmp_path))
+    assert found.layout == "MVTec" and found.has_masks and len(found.train) == 3
+    assert [(s.kind, s.label) for s in found.test] == [("good", 0)] * 3 + [("polyp", 1)] * 3
+    assert [s.mask and s.mask.name for s in found.test[3:]] == [f"{i}_mask.png" for i in range(3)]
+    assert all(s.mask is None for s in found.test[:3])
+    found.check_test()
+
+
+def test_masks_match_by_stem_and_never_by_order(tmp_path):
+    mvtec(tmp_path)
+    (tmp_path / "ground_truth/polyp/0_mask.png").unlink()
+    (tmp_path / "ground_truth/polyp/2_mask.png").rename(tmp_path / "ground_truth/polyp/2.png")
+    masks = [s.mask for s in data.discover(tmp_path).test if s.label]
+    assert [m and m.name for m in masks] == [None, "1_mask.png", "2.png"]
+
+
+def test_one_defect_with_masks_and_one_without(tmp_path):
+    mvtec(tmp_path)
+    picture(tmp_path / "test/bleeding/0.jpg")
+    found = data.discover(tmp_path)
+    masks, known = data.decode_masks(found.test, S, tmp_path / "cache")
+    by_kind = {s.kind: bool(k) for s, k in zip(found.test, known, strict=True)}
+    assert by_kind == {"good": True, "polyp": True, "bleeding": False}
+    assert masks.shape == (7, S, S) and not masks[~known].any()
+
+
+@pytest.mark.parametrize("level", ["", "img/"])
+@pytest.mark.parametrize("name", ["anomaly_mask", "label"])
+def test_bmad(tmp_path, level, name):
+    picture(tmp_path / "train/good/a.png")
+    picture(tmp_path / "valid/good/img/v.png")
+    picture(tmp_path / f"test/good/{level}g.png")
+    lesion(tmp_path / f"test/good/{name}/g.png", value=0)
+    picture(tmp_path / f"test/Ungood/{level}u.png")
+    lesion(tmp_path / f"test/Ungood/{name}/u.png")
+    found = data.discover(tmp_path)
+    assert found.layout == "BMAD" and len(found.train) == 1
+    assert {(s.path.name, s.label, s.mask is not None) for s in found.test} == {
+        ("g.png", 0, False),
+        ("u.png", 1, True),
+    }
+
+
+def test_bmad_without_test_reads_valid(tmp_path):
+    picture(tmp_path / "train/good/a.png")
+    picture(tmp_path / "valid/good/img/g.png")
+    picture(tmp_path / "valid/Ungood/img/u.png")
+    assert sorted(s.label for s in data.discover(tmp_path).test) == [0, 1]
+
+
+def test_hyper_kvasir_archive(tmp_path):
+    picture(tmp_path / "train_set/a.jpg")
+    picture(tmp_path / "test_set/normal_test/b.jpg")
+    picture(tmp_path / "test_set/abnormal_test/c.jpg")
+    lesion(tmp_path / "test_set/masks/c.png")
+    found = data.discover(tmp_path)
+    assert found.layout == "Hyper-Kvasir archive"
+    assert sorted((s.label, s.mask is not None) for s in found.test) == [(0, False), (1, True)]
+
+
+def test_train_test_normal_abnormal_in_any_case(tmp_path):
+    picture(tmp_path / "Train/Normal/a.PNG", format="PNG")
+    picture(tmp_path / "Train/Abnormal/x.png")
+    picture(tmp_path / "Test/NORMAL/b.png")
+    picture(tmp_path / "Test/ABNORMAL/c.png")
+    found = data.discover(tmp_path)
+    assert found.layout == "train|test/{normal,abnormal}" and not found.has_masks
+    assert [p.name for p in found.train] == ["a.PNG"]
+    assert sorted(s.label for s in found.test) == [0, 1]
+
+
+def test_medianomaly(tmp_path):
+    for name in "abcd":
+        picture(tmp_path / f"images/{name}.png")
+    lesion(tmp_path / "masks/d.png")
+    lists = {"train": {"0": ["a.png"]}, "test": {"0": ["b.png"], "1": ["c.png", "d.png"]}}
+    (tmp_path / "data.json").write_text(json.dumps(lists))
+    found = data.discover(tmp_path)
+    assert found.layout == "MedIAnomaly" and [p.name for p in found.train] == ["a.png"]
+    assert [(s.kind, s.label, s.mask is not None) for s in found.test] == [
+        ("normal", 0, False),
+        ("abnormal", 1, False),
+        ("abnormal", 1, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"train": {}}', '{"train": {"0": ["no.png"]}}']
+)
+def test_medianomaly_with_a_broken_list(tmp_path, text):
+    picture(tmp_path / "images/a.png")
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ValueError, match="data.json"):
+        data.discover(tmp_path)
+
+
+def kvasir(root: Path, normal: int = 2166, polyps: int = 1000) -> Path:
+    lower = root / "labeled-images/lower-gi-tract"
+    folders = [lower / "anatomical-landmarks/cecum", lower / "anatomical-landmarks/ileum"]
+    folders.append(lower / "quality-of-mucosal-views/bbps-2-3")
+    segmented = root / "segmented-images"
+    for folder in [*folders, segmented / "images", segmented / "masks"]:
+        folder.mkdir(parents=True)
+    for i in range(normal):
+        (folders[i % 3] / f"n{i}.jpg").touch()
+    for i in range(polyps):
+        (segmented / f"images/p{i}.jpg").touch()
+        (segmented / f"masks/p{i}.jpg").touch()
+    (lower / "pathological-findings/polyps").mkdir(parents=True)
+    (lower / "pathological-findings/polyps/x.jpg").touch()
+    return root
+
+
+def test_hyperkvasir_as_shipped_draws_the_papers_sizes(tmp_path):
+    kvasir(tmp_path)
+    found = data.discover(tmp_path, seed=3)
+    train, test = set(found.train), {s.path for s in found.test}
+    assert found.layout == "HyperKvasir" and not train & test
+    assert (len(train), sum(s.label == 0 for s in found.test)) == (1600, 500)
+    lesions = [s for s in found.test if s.label]
+    assert len(lesions) == 1000 and all(s.mask and s.mask.stem == s.path.stem for s in lesions)
+    assert data.discover(tmp_path, seed=3) == found
+    assert data.discover(tmp_path, seed=4).train != found.train
+
+
+def test_hyperkvasir_that_is_incomplete(tmp_path):
+    with pytest.raises(ValueError, match="found 12 and 5"):
+        data.discover(kvasir(tmp_path, normal=12, polyps=5))
+
+
+def test_one_folder(tmp_path):
+    names = [f"{7 * i % 40:02d}.{'jpg' if i % 2 else 'png'}" for i in range(40)]
+    for name in names:
+        (tmp_path / name).touch()
+    found = data.discover(tmp_path)
+    assert [p.name for p in found.train] == sorted(names) and found.test == ()
+    found.check_test()  # nothing to measure is no mistake
+
+
+def test_symlinks_uppercase_and_hidden_files(tmp_path):
+    store, root = tmp_path / "store", tmp_path / "root"
+    picture(store / "deep/x.JPG", format="JPEG")
+    (root / "train").mkdir(parents=True)
+    (root / "train/good").symlink_to(store / "deep", target_is_directory=True)
+    picture(store / "y.png")
+    (store / "deep/link.PNG").symlink_to(store / "y.png")
+    for name in (".hidden.png", "._x.JPG", "Thumbs.db", "desktop.ini", "notes.txt"):
+        (store / "deep" / name).write_text("no image")
+    (store / "deep/.cache").mkdir()
+    picture(store / "deep/.cache/z.png")
+    picture(store / "deep/__MACOSX/z.png")
+    found = data.discover(root)
+    assert [p.name for p in found.train] == ["link.PNG", "x.JPG"]
+    assert data.decode(found.train, S, tmp_path / "cache")[0].shape == (2, 3, S, S)
+
+
+# ----------------------------------------------------------------------- mistakes of layout
+
+
+def test_nothing_to_find(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        data.discover(tmp_path / "missing")
+    with pytest.raises(ValueError, match="found no images but no data set.*Looked for"):
+        data.discover(tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="found other/"):
+        data.discover(tmp_path)
+
+
+def test_no_training_image(tmp_path):
+    mvtec(tmp_path)
+    shutil.rmtree(tmp_path / "train/good")
+    with pytest.raises(ValueError, match="no training images"):
+        data.discover(tmp_path)
+
+
+def test_test_images_without_a_label(tmp_path):
+    picture(tmp_path / "train/good/a.png")
+    picture(tmp_path / "test/b.png")
+    with pytest.raises(ValueError, match="no label"):
+        data.discover(tmp_path)
+
+
+@pytest.mark.parametrize("gone", ["test/good", "test/polyp"])
+def test_one_class_only(tmp_path, gone):
+    mvtec(tmp_path)
+    shutil.rmtree(tmp_path / gone)
+    shutil.rmtree(tmp_path / "ground_truth")
+    found = data.discover(tmp_path)
+    with pytest.raises(ValueError, match="needs? both"):
+        found.check_test()
+
+
+@pytest.mark.parametrize("name", ["ground_truth/polyp/9.png", "ground_truth/ulcer/0.png"])
+def test_a_mask_without_an_image(tmp_path, name):
+    mvtec(tmp_path)
+    lesion(tmp_path / name)
+    with pytest.raises(ValueError, match=f"without an image.*{name}"):
+        data.discover(tmp_path)
+
+
+def test_two_masks_for_one_image(tmp_path):
+    mvtec(tmp_path)
+    lesion(tmp_path / "ground_truth/polyp/0.png")
+    with pytest.raises(ValueError, match="two masks"):
+        data.discover(tmp_path)
+
+
+# -------------------------------------------------------------------------------- reading
+
+
+def flat_grey(path: Path, mode: str, value: int, **save) -> Path:
+    Image.new(mode, (40, 40), value).save(path, **save)
+    return path
+
+
+def seen(path: Path) -> np.ndarray:
+    """The (3,) colour at the centre."""
+    image = data.read_image(path, S)
+    assert image.dtype == np.uint8 and image.shape == (3, S, S) and image.flags.c_contiguous
+    return image[:, S // 2, S // 2].astype(int)
+
+
+def test_rgb_keeps_its_channels(tmp_path):
+    Image.new("RGB", (40, 40), (200, 100, 50)).save(tmp_path / "a.png")
+    assert seen(tmp_path / "a.png").tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("mode,value,want", [("L", 90, 90), ("1", 1, 255)])
+def test_grey_becomes_three_equal_channels(tmp_path, mode, value, want):
+    assert seen(flat_grey(tmp_path / "a.png", mode, value)).tolist() == [want] * 3
+
+
+def test_rgba_and_grey_alpha_lie_on_white(tmp_path):
+    Image.new("RGBA", (40, 40), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (40, 40), (200, 0, 0, 255)).save(tmp_path / "solid.png")
+    Image.new("LA", (40, 40), (0, 128)).save(tmp_path / "half.png")
+    assert seen(tmp_path / "clear.png").tolist() == [255] * 3
+    assert seen(tmp_path / "solid.png").tolist() == [200, 0, 0]
+    assert np.abs(seen(tmp_path / "half.png") - 127).max() <= 1
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.png", transparency=1)
+    image.save(tmp_path / "c.gif")
+    assert seen(tmp_path / "a.png").tolist() == [10, 200, 30]
+    assert seen(tmp_path / "b.png").tolist() == [255] * 3
+    assert seen(tmp_path / "c.gif").tolist() == [10, 200, 30]
+
+
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_by_their_range(tmp_path, top, suffix):
+    ramp = np.linspace(0, top, 64).astype(np.uint16)
+    Image.fromarray(np.tile(ramp, (64, 1))).save(tmp_path / f"a.{suffix}")
+    image = data.read_image(tmp_path / f"a.{suffix}", 64)
+    assert np.abs(image[:, 0].astype(float) - ramp / top * 255).max() <= 0.5 + 1e-4
+    assert (image[0] == image[2]).all()
+
+
+def test_floating_point_and_32_bit_files(tmp_path):
+    ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "f.tif")
+    Image.fromarray((ramp * 65535).astype(np.int32)).save(tmp_path / "i.tif")
+    for name in ("f.tif", "i.tif"):
+        row = data.read_image(tmp_path / name, 64)[0, 0]
+        assert row[0] == 0 and row[-1] == 255 and abs(int(row[32]) - 129) <= 1
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    r, g, b = seen(tmp_path / "a.jpg")
+    assert r > 240 and g < 15 and b < 15
+
+
+@given(orientation=st.integers(1, 8), suffix=st.sampled_from(["jpg", "png"]))
+def test_exif_orientation(tmp_path_factory, orientation, suffix):
+    """The stored pixels are the inverse transform of what must be seen."""
+    path = tmp_path_factory.mktemp("exif") / f"a.{suffix}"
+    upright = np.full((64, 64), 10, np.uint8)
+    upright[:32, :32], upright[:32, 32:] = 250, 130  # two corners fix all eight
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)
+    exif = Image.Exif()
+    exif[0x0112] = inverse
+    buffer = io.BytesIO()
+    Image.fromarray(upright).save(buffer, "PNG", exif=exif)
+    stored = ImageOps.exif_transpose(Image.open(buffer))
+    exif[0x0112] = orientation
+    stored.convert("RGB").save(path, exif=exif, quality=95)
+    got = data.read_image(path, 64)[0]
+    assert np.abs(got[4:28, 4:28].astype(int) - 250).max() < 8
+    assert np.abs(got[4:28, 36:60].astype(int) - 130).max() < 8
+    assert got[36:60, 4:60].max() < 20
+
+
+def test_non_square_is_squeezed_with_antialiasing(tmp_path):
+    stripes = np.zeros((64, 256), np.uint8)
+    stripes[:, ::2] = 255  # one pixel wide: without antialiasing all black or all white
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    inner = data.read_image(tmp_path / "a.png", S)[:, 2:-2, 2:-2].astype(int)
+    assert np.abs(inner - 127).max() <= 4
+
+
+def test_small_files_are_enlarged_and_tiny_ones_refused(tmp_path):
+    assert data.read_image(picture(tmp_path / "a.png", size=(28, 28)), 64).shape == (3, 64, 64)
+    assert data.read_image(picture(tmp_path / "b.png", size=(8, 90)), 64).shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="c.png: 7 x 90 pixels"):
+        data.read_image(picture(tmp_path / "c.png", size=(7, 90)), 64)
+    with pytest.raises(ValueError, match="image size 31"):
+        data.read_image(tmp_path / "a.png", 31)
+
+
+@given(fraction=st.floats(0.05, 0.97), kind=st.sampled_from(["jpg", "progressive", "png", "bmp"]))
+def test_truncated_files_are_never_half_an_image(tmp_path_factory, fraction, kind):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    suffix = "jpg" if kind == "progressive" else kind
+    path = tmp_path_factory.mktemp("cut") / f"a.{suffix}"
+    Image.fromarray(noise).save(path, progressive=kind == "progressive")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(fraction * len(whole))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=path.name):
+            data.read_image(path, S)
+
+
+def test_what_is_no_image(tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    (tmp_path / "b.png").write_bytes(b"")
+    for name in "ab":
+        with pytest.raises(ValueError, match=f"{name}.png: not an image"):
+            data.read_image(tmp_path / f"{name}.png", S)
+    with pytest.raises(ValueError, match="c.png: no such file"):
+        data.read_image(tmp_path / "c.png", S)
+
+
+# ---------------------------------------------------------------------------------- masks
+
+
+@given(
+    width=st.integers(8, 90), height=st.integers(8, 90), seed=st.integers(0, 99), size=st.just(S)
+)
+def test_masks_are_nearest_neighbour(tmp_path_factory, width, height, seed, size):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    mask[0, 0] = True
+    path = tmp_path_factory.mktemp("mask") / "m.png"
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+    rows = ((np.arange(size) + 0.5) * height / size).astype(int)
+    columns = ((np.arange(size) + 0.5) * width / size).astype(int)
+    got = data.read_mask(path, size)
+    assert got.dtype == bool and (got == mask[np.ix_(rows, columns)]).mean() > 0.93
+    # a source pixel on the border of two is a matter of rounding; every value is a neighbour's
+    exact = np.abs((np.arange(size) + 0.5) * height / size % 1 - 0.5) < 0.49
+    across = np.abs((np.arange(size) + 0.5) * width / size % 1 - 0.5) < 0.49
+    assert (got == mask[np.ix_(rows, columns)])[np.ix_(exact, across)].all()
+
+
+@pytest.mark.parametrize(
+    "dtype,low,high", [("u1", 127, 128), ("u1", 0, 1), ("u2", 32767, 32768), ("u1", 0, 255)]
+)
+def test_masks_are_binarised_at_half_of_the_range(tmp_path, dtype, low, high):
+    mask = np.full((40, 40), low, dtype)
+    mask[:, 20:] = high
+    if high > 1:
+        mask[:5] = np.iinfo(dtype).max
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    got = data.read_mask(tmp_path / "m.png", 40)
+    assert not got[5:, :20].any() and got[:, 20:].all()
+
+
+def test_masks_in_colour_jpeg_palette_one_bit_and_alpha(tmp_path):
+    want = np.zeros((40, 40), bool)
+    want[8:32, 8:32] = True
+    red = np.zeros((40, 40, 3), np.uint8)
+    red[want] = (200, 0, 0)
+    Image.fromarray(red).save(tmp_path / "red.png")
+    Image.fromarray(red).quantize(4).save(tmp_path / "palette.png")
+    Image.fromarray(want).save(tmp_path / "bit.png")
+    Image.fromarray(want.astype(np.uint8) * 255).save(tmp_path / "jpeg.jpg", quality=60)
+    alpha = np.full((40, 40, 4), 255, np.uint8)
+    alpha[..., 3] = 255 * want
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "empty.png")
+    for name in ("red.png", "palette.png", "bit.png", "jpeg.jpg", "alpha.png"):
+        assert (data.read_mask(tmp_path / name, 40) == want).all(), name
+    assert not data.read_mask(tmp_path / "empty.png", 40).any()
+
+
+def test_a_mask_of_class_numbers_is_not_silently_empty(tmp_path):
+    with pytest.raises(ValueError, match="m.png: no value above half, largest 2"):
+        data.read_mask(lesion(tmp_path / "m.png", value=2), S)
+
+
+def test_a_mask_of_another_size(tmp_path):
+    mvtec(tmp_path)
+    lesion(tmp_path / "ground_truth/polyp/1_mask.png", size=(41, 40))
+    lesion(tmp_path / "ground_truth/polyp/2_mask.png", size=(20, 20))
+    with pytest.raises(ValueError, match="1_mask.png: mask of 41 x 40.*40 x 40.*2_mask.png"):
+        data.decode_masks(data.discover(tmp_path).test, S, tmp_path / "cache")
+
+
+def test_a_mask_follows_its_image_when_exif_turns_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = picture(tmp_path / "a.jpg", size=(60, 40), exif=exif)
+    data.read_mask(lesion(tmp_path / "m.png", size=(40, 60)), S, image=image)
+    with pytest.raises(ValueError, match="60 x 40 pixels for an image of 40 x 60"):
+        data.read_mask(lesion(tmp_path / "m.png", size=(60, 40)), S, image=image)
+
+
+def test_decode_masks(tmp_path):
+    found = data.discover(mvtec(tmp_path))
+    masks, known = data.decode_masks(found.test, S, tmp_path / "cache")
+    assert masks.dtype == np.uint8 and known.all() and not masks[:3].any()
+    assert (masks[3:, :, : S // 2] == 1).all() and not masks[3:, :, S // 2 :].any()
+    (tmp_path / "ground_truth/polyp/1_mask.png").write_text("broken")
+    with pytest.raises(ValueError, match="1_mask.png: not an image"):
+        data.decode_masks(found.test, S, tmp_path / "cache")
+    masks, known = data.decode_masks(found.test, S, tmp_path / "cache", skip_bad=True)
+    assert known.tolist() == [True] * 4 + [False, True] and not masks[4].any()
+
+
+# ---------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the files that are opened, in any order."""
+    names: list[str] = []
+    load = data._load
+
+    def noted(path: Path) -> Image.Image:
+        names.append(path.name)
+        return load(path)
+
+    monkeypatch.setattr(data, "_load", noted)
+    return names
+
+
+def test_decode_equals_read_image_in_order(tmp_path):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(70)][::-1]
+    images, kept = data.decode(paths, S, tmp_path / "cache")
+    assert isinstance(images, np.memmap) and not images.flags.writeable
+    assert images.dtype == np.uint8 and kept.dtype == np.int64 and kept.tolist() == list(range(70))
+    for path, image in zip(paths, images, strict=True):
+        assert (image == data.read_image(path, S)).all()
+
+
+def test_decode_of_nothing(tmp_path):
+    images, kept = data.decode([], S, tmp_path / "cache")
+    assert images.shape == (0, 3, S, S) and kept.shape == (0,)
+
+
+def test_the_cache_is_reused_and_notices_changes(tmp_path, reads):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    first = np.array(data.decode(paths, S, tmp_path / "cache")[0])
+    assert len(reads) == 3
+    assert (data.decode(paths, S, tmp_path / "cache")[0] == first).all() and len(reads) == 3
+    data.decode(paths, 2 * S, tmp_path / "cache")
+    assert len(reads) == 6  # another size
+    data.decode(paths[:2], S, tmp_path / "cache")
+    assert len(reads) == 8  # another list
+    reads.clear()
+    picture(paths[1], 99)
+    os.utime(paths[1], ns=(0, 12345))
+    second = data.decode(paths, S, tmp_path / "cache")[0]
+    assert len(reads) == 3 and (second[0] == first[0]).all() and (second[1] != first[1]).any()
+
+
+def test_every_unreadable_file_is_named_once(tmp_path):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(6)]
+    paths[1].write_text("text")
+    paths[3].write_bytes(picture(tmp_path / "x.jpg", 3).read_bytes()[:-200])
+    paths[4].unlink()
+    with pytest.raises(ValueError, match="3 of 6 files.*--skip-bad") as caught:
+        data.decode(paths, S, tmp_path / "cache")
+    message = str(caught.value)
+    assert "\n" not in message and all(message.count(f"{i}.png") == 1 for i in (1, 3, 4))
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_skip_bad_goes_on_and_does_not_hide_them_later(tmp_path, reads):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(4)]
+    paths[1].write_text("text")
+    for _ in range(2):
+        images, kept = data.decode(paths, S, tmp_path / "cache", skip_bad=True)
+        assert kept.tolist() == [0, 2, 3] and images.shape == (3, 3, S, S)
+        assert (images[1] == data.read_image(paths[2], S)).all()
+    assert len(reads) == 4 + 2  # the second call read none but the two compared here
+    with pytest.raises(ValueError, match="1.png"):
+        data.decode(paths, S, tmp_path / "cache")
+
+
+def test_skip_bad_with_nothing_left(tmp_path):
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(ValueError, match="1 of 1 files"):
+        data.decode([tmp_path / "a.png"], S, tmp_path / "cache", skip_bad=True)
+
+
+def test_an_interrupted_decode_leaves_nothing(tmp_path, monkeypatch):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(4)]
+
+    def stop(path, size):
+        if path.name == "2.png":
+            raise KeyboardInterrupt
+        return np.zeros((3, size, size), np.uint8)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "read_image", stop)
+        data.decode(paths, S, tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+    images, _ = data.decode(paths, S, tmp_path / "cache")
+    assert (images[0] == data.read_image(paths[0], S)).all()
+
+
+def test_a_damaged_or_unmarked_cache_is_made_again(tmp_path, reads):
+    paths = [picture(tmp_path / "a.png")]
+    want = np.array(data.decode(paths, S, tmp_path / "cache")[0])
+    rows, mark = next((tmp_path / "cache").glob("*.u8")), next((tmp_path / "cache").glob("*.json"))
+    mark.unlink()  # as after a kill between the two files
+    assert (data.decode(paths, S, tmp_path / "cache")[0] == want).all() and len(reads) == 2
+    rows.write_bytes(b"short")
+    assert (data.decode(paths, S, tmp_path / "cache")[0] == want).all() and len(reads) == 3
+    mark.write_text("{")
+    assert (data.decode(paths, S, tmp_path / "cache")[0] == want).all() and len(reads) == 4
+
+
+def test_the_part_file_of_a_killed_run_is_cleared_and_a_live_one_kept(tmp_path):
+    (tmp_path / "cache").mkdir()
+    dead, live = tmp_path / "cache/a.u8.part-1", tmp_path / "cache/b.u8.part-2"
+    dead.touch()
+    live.touch()
+    os.utime(dead, (0, 0))
+    data.decode([picture(tmp_path / "a.png")], S, tmp_path / "cache")
+    assert not dead.exists() and live.exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        data.decode([picture(tmp_path / "a.png")], S, tmp_path / "file/cache")
+
+
+# ------------------------------------------------------------------------------- progress
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
+    clock = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
+    screen = Screen()
+    assert list(data.progress("abcd", 4, "reading", file=screen)) == list("abcd")
+    shown = screen.getvalue()
+    assert "\rreading 1/4, 0:02 left" in shown and shown.count("\n") == 1
+    assert shown.rstrip().endswith("reading 4/4 in 0:02")
+
+
+def test_progress_elsewhere_prints_lines_at_intervals(monkeypatch):
+    clock = iter(np.arange(0, 100000, 60.0))
+    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
+    file = io.StringIO()
+    list(data.progress(range(100), 100, "reading", file=file, every=3000))
+    lines = file.getvalue().splitlines()
+    assert lines == ["reading 50/100, 50:00 left", "reading 100/100 in 1:41:00"]
+
+
+def test_progress_is_silent_when_short_and_in_a_file():
+    file = io.StringIO()
+    list(data.progress(range(3), 3, "reading", file=file))
+    assert file.getvalue() == ""
+
+
+# -------------------------------------------------------------------------------- phantom
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_phantom_is_an_mvtec_folder_with_masks(tmp_path):
+    data.phantom(tmp_path / "p", train=4, good=3, abnormal=6, size=64, seed=1)
+    found = data.discover(tmp_path / "p")
+    assert found.layout == "MVTec" and (len(found.train), len(found.test)) == (4, 9)
+    found.check_test()
+    masks, known = data.decode_masks(found.test, 64, tmp_path / "c")
+    area = masks.reshape(9, -1).mean(1)
+    assert known.all() and not area[:3].any()
+    assert (area[3:] > 0.005).all() and (area[3:] < 0.6).all()
+    images, _ = data.decode([s.path for s in found.test], 64, tmp_path / "c")
+    assert (images.reshape(9, -1).std(1) > 10).all()
+    assert len({bytes(i) for i in images}) == 9
+
+
+def test_phantom_depends_on_its_seed_alone(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        data.phantom(tmp_path / name, train=2, good=1, abnormal=2, size=32, seed=seed)
+    data.phantom(tmp_path / "more", train=3, good=2, abnormal=2, size=32, seed=0)
+    a, b, c, more = (files(tmp_path / name) for name in ("a", "b", "c", "more"))
+    assert a == b
+    images = [n for n in a if n.endswith(".png")]
+    assert all(a[n] != c[n] for n in images) and all(a[n] == more[n] for n in images)
+
+
+def test_phantom_lesions_change_the_picture_where_the_mask_is(tmp_path):
+    """Contrast across the outline, in grey levels."""
+    contrast = []
+    for i in range(12):
+        image, mask = data._colonoscopy(64, np.random.default_rng([0, 2, i]), lesions=True)
+        inside = mask > 0
+        grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(5))) > 0
+        ring = grown & ~inside
+        gap = image[inside].mean(0) - image[ring].mean(0)
+        contrast.append(np.abs(gap).max())
+    assert np.median(contrast) > 8  # visible
+    assert np.median(contrast) < 90  # and not a sticker
+
+
+def test_phantom_is_left_alone_when_it_is_there_and_never_overwrites(tmp_path):
+    root = tmp_path / "deep/p"
+    data.phantom(root, train=1, good=1, abnormal=1, size=32)
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    data.phantom(root, train=1, good=1, abnormal=1, size=32)
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+    with pytest.raises(ValueError, match="something else"):
+        data.phantom(root, train=1, good=1, abnormal=1, size=32, seed=5)
+    picture(tmp_path / "mine/a.png")
+    with pytest.raises(ValueError, match="something else"):
+        data.phantom(tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    data.phantom(tmp_path / "empty", train=1, good=0, abnormal=0, size=32)
+    assert len(data.discover(tmp_path / "empty").train) == 1
+
+
+def test_no_half_written_phantom(tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "_lesion", stop)
+        data.phantom(tmp_path / "p", train=1, good=1, abnormal=1, size=32)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / ".p.part").mkdir()  # as a killed run leaves it
+    data.phantom(tmp_path / "p", train=1, good=1, abnormal=1, size=32)
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize("wrong", [{"train": 0}, {"good": -1}, {"size": 16}])
+def test_phantom_refuses_impossible_numbers(tmp_path, wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        data.phantom(tmp_path / "p", **wrong)
