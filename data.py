@@ -630,7 +630,7 @@ def _colonoscopy(
     u, v = x - lumen[0], y - lumen[1]
     r = np.hypot(u, v) + 1e-3
     u, v = u / r, v / r  # outwards: the side of a slope that the camera sees
-    lobes = rng.uniform(0.04, 0.16) * np.cos(3 * np.arctan2(v, u) + rng.uniform(0, 2 * np.pi))
+    lobes = rng.uniform(0.04, 0.1) * np.cos(3 * np.arctan2(v, u) + rng.uniform(0, 2 * np.pi))
     r *= 1 + lobes  # three taeniae make the section a triangle
 
     # Folds are rings in perspective, broken into crescents by noise.
@@ -662,8 +662,8 @@ def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
 
     Vessels run where smooth noise crosses zero, coarse ones and fine ones.
     """
-    tint = np.array([0.88, 0.48, 0.35]) * (1 + rng.normal(0, [0.02, 0.03, 0.04]))
-    other = tint * (1 + rng.normal(0, [0.03, 0.06, 0.08]))
+    tint = np.array([0.88, 0.48, 0.35]) * (1 + rng.normal(0, [0.015, 0.02, 0.03]))
+    other = tint * (1 + rng.normal(0, [0.02, 0.03, 0.04]))
     blend = np.clip(0.5 + 0.4 * _noise(rng, size, 3), 0, 1)[..., None]
     colour = blend * tint + (1 - blend) * other + 0.012 * _noise(rng, size, 20)[..., None]
     depth = rng.uniform(0.05, 0.25)
@@ -684,7 +684,7 @@ def _lesion(
     for _ in range(100):
         at = rng.uniform(-0.75, 0.75, 2)
         away = np.hypot(*(at - lumen))
-        if away > 0.4 and np.hypot(*at) < 0.85:
+        if away > 0.45 and np.hypot(*at) < 0.85:
             break
     size, flat = len(x), rng.random() < 0.25
     radius = np.exp(rng.uniform(np.log(0.2), np.log(0.6))) * min(1.0, 0.6 + 0.4 * away)
@@ -700,7 +700,7 @@ def _lesion(
     dome *= (0.08 if flat else 1) * (1 + 0.06 * _noise(rng, size, rng.uniform(5, 11)))
     rim = rng.uniform(0, 0.05 if flat else 0.3) * np.exp(-(((rho - 1.08) / 0.12) ** 2))
     paint = np.array([(1.04, 0.78, 0.80), (1.03, 1.12, 1.14), (0.9, 0.8, 0.74)][rng.integers(3)])
-    strength = rng.uniform(0.7, 1.5) + (0.3 if flat else 0)  # redder, paler or browner than around
+    strength = rng.uniform(0.9, 1.6) + (0.3 if flat else 0)  # redder, paler or browner than around
     base = colour.mean(axis=(0, 1)) * 0.6 + colour * 0.4  # vessels fade under it
     pits = rng.uniform(0.02, 0.06) * _noise(rng, size, rng.uniform(22, 40))
     return inside, dome, rim, base * (1 + strength * (paint - 1)) + pits[..., None]
