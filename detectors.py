@@ -168,7 +168,9 @@ class PaDiM:
                 chosen = self.channels[
                     (self.channels >= first) & (self.channels < first + layer.shape[1])
                 ]
-                features = layer.permute(0, 2, 3, 1)[..., (chosen - first).to(self.device)]
+                features = layer.permute(0, 2, 3, 1).index_select(
+                    3, (chosen - first).to(self.device)
+                )
                 at = torch.arange(h, device=self.device) * layer.shape[2] // h  # (h,)
                 x[k : k + step, ..., used : used + len(chosen)] = features[:, at[:, None], at]
                 first, used = first + layer.shape[1], used + len(chosen)
