@@ -31,6 +31,7 @@ from kernels import choose_backend, tl, triton
 
 MAX_D = 1024
 POSITIONS = 256  # positions of a step of the torch path, so that its scratch stays in the cache
+FEW = 8  # images; measured on a CPU at D = 100
 
 # ---------------------------------------------------------------------------- reference
 
@@ -49,12 +50,14 @@ def _torch_distance(x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
     step = max(1, min(P, POSITIONS, 2**20 // (B * D)))
     out = torch.empty(P, B, dtype=dtype, device=x.device)
     delta, y = torch.empty(2, step, B, D, dtype=dtype, device=x.device)
+    few = B <= FEW  # then W delta^T is up to 1.7 times as fast as delta W^T
+    y = y.view(step, D, B) if few else y
     for first in range(0, P, step):
         p = slice(first, min(first + step, P))
-        size = p.stop - first
-        torch.sub(x[:, p].transpose(0, 1), mean[p, None], out=delta[:size])
-        torch.bmm(delta[:size], whitening[p].to(dtype).mT, out=y[:size])
-        torch.linalg.vector_norm(y[:size], dim=2, out=out[p])
+        d_p, y_p, W_p = delta[: p.stop - first], y[: p.stop - first], whitening[p].to(dtype)
+        torch.sub(x[:, p].transpose(0, 1), mean[p, None], out=d_p)
+        torch.bmm(W_p, d_p.mT, out=y_p) if few else torch.bmm(d_p, W_p.mT, out=y_p)
+        torch.linalg.vector_norm(y_p, dim=1 if few else 2, out=out[p])
     return out.T
 
 
