@@ -9,7 +9,6 @@ Sizes: N images, S pixels a side, P abnormal pixels, K lesions (8-connected regi
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -21,15 +20,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from detectors import load as load_detector
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import data
+from detectors import load as load_detector
+from run import Parser
 
 Array = NDArray[Any]
 
@@ -945,14 +945,9 @@ def _source(path: Path) -> str:
         return ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a mistake of the user's, in one line."""
-    parser = _Parser(prog="eval.py", description="Evaluates a run again, or scores new images.")
+    parser = Parser(prog="eval.py", description="Evaluates a run again, or scores new images.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a folder that pmsacl.py wrote")
     add("--data", type=Path, help="data set to evaluate on (default: the run's own)")

@@ -42,6 +42,8 @@ from run import (
     Parser,
     autocast,
     average_gradients,
+    first_process_first,
+    from_first_process,
     gather,
     generator,
     join_processes,
@@ -686,7 +688,8 @@ def versions() -> dict[str, str]:
 def main_job(config: Config, run: Path) -> None:
     """Pre-train, fit the detectors, evaluate them beside the untrained network, report."""
     seconds: dict[str, float] = {}
-    images = prepare(config, run)
+    with first_process_first():  # it draws and decodes, the others read
+        images = prepare(config, run)
     say(plan(config, images, run))
 
     began = time.monotonic()
@@ -706,7 +709,8 @@ def main_job(config: Config, run: Path) -> None:
 
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     if images.test is None:
-        evaluation.write_results(run, extra)
+        content = json.dumps(extra, indent=2).encode()
+        evaluation.write_file(run / "results.json", content)
         say(f"no test images: score some with  python eval.py {run} --score FILES")
         return
     evaluation.evaluate(
@@ -757,8 +761,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         given, resume = parse(argv)
-        config, run = resolve(given, resume)
         join_processes()
+        config, run = from_first_process(lambda: resolve(given, resume))
         main_job(config, run)
     except (ValueError, OSError, FloatingPointError) as error:
         print("pmsacl.py:", str(error).replace("\n", " "), file=sys.stderr)

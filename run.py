@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on all the numbers of `key`: seed, purpose, step, rank.
+    """A generator that depends on all the numbers of `key` and how many: seed, purpose, step ...
 
     A step's draws need no history, so a resumed run draws what an unbroken one would have.
     """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -68,6 +71,26 @@ def ranks() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process runs the block while the others wait, then they run it."""
+    rank, world = ranks()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def from_first_process(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them."""
+    rank, world = ranks()
+    value = [make() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(value)
+    return cast(T, value[0])
 
 
 class _Gather(torch.autograd.Function):

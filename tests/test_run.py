@@ -1,0 +1,327 @@
+"""The main job as a user runs it: a run folder, resume, mistakes; and several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import detectors
+import pmsacl
+import run as shared
+from encoder import ResNet18
+
+ROOT = Path(__file__).parent.parent
+TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def command(*args: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | changes
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pmsacl.py"), *args],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "phantom"
+    data.phantom(root, train=16, good=6, abnormal=6, size=32)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert pmsacl.main(["--data", str(images), "--out", str(run), *TINY]) == 0
+    return run
+
+
+def test_a_run_folder_holds_what_the_design_says(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.json", "checkpoint.pt", "encoder.pt", "detector.pt", "results.json", "results.md",
+        "scores.csv", "log.csv", "figures",
+    } <= names  # fmt: skip
+    assert not [name for name in names if name.endswith(".partial")]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["alpha"] == pmsacl.Config.alpha and config["torch"] == torch.__version__
+    results = json.loads((finished / "results.json").read_text())
+    for row in ("padim", "untrained"):
+        assert 0 <= results[row]["image_auroc"] <= 1 and 0 <= results[row]["aupro"] <= 1
+        assert {"sensitivity", "specificity", "accuracy", "threshold", "iou", "dice"} <= set(
+            results[row]
+        )
+    assert results["init"] == "random" and results["seconds"]["pretrain"] > 0
+    assert results["config"]["classes"] == 2
+    log = table(finished / "log.csv")
+    assert [row["epoch"] for row in log] == ["1", "2"]
+    assert {"ctr", "pmsacl", "aug", "lr", "spread", "distance", "accuracy"} <= set(log[0])
+    figures = {path.name for path in (finished / "figures").iterdir()}
+    assert {"medmix.png", "localisation_padim.png", "localisation_untrained.png"} <= figures
+
+
+def test_weights_load_without_pickle_and_into_a_plain_resnet18(finished):
+    ResNet18().load_state_dict(torch.load(finished / "encoder.pt", weights_only=True))
+    saved = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert saved["step_done"] == saved["total"] == 6 and saved["c"].shape == (2, 128)
+    detector = detectors.load(finished / "detector.pt")
+    maps, scores = detector.score(np.zeros((1, 3, 32, 32), np.uint8))
+    assert maps.shape == (1, 32, 32) and scores.shape == (1,)
+
+
+def test_the_untrained_row_is_the_start_network_and_the_trained_one_is_not(finished):
+    start = ResNet18(shared.generator(0, 2)).state_dict()
+    end = torch.load(finished / "encoder.pt", weights_only=True)
+    assert not torch.equal(start["conv1.weight"], end["conv1.weight"])
+    assert torch.equal(start["fc.weight"], end["fc.weight"])  # PMSACL never touches it
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(images, finished, tmp_path):
+    run = tmp_path / "killed"
+    slow = "import pmsacl, sys, time; pmsacl.pretrain.__kwdefaults__['save_every'] = 0.0;" \
+        "step = pmsacl.Pretraining.step;" \
+        "pmsacl.Pretraining.step = lambda t: (time.sleep(0.3), step(t))[1];" \
+        "sys.exit(pmsacl.main(sys.argv[1:]))"  # fmt: skip
+    arguments = ["--data", str(images), "--out", str(run), *TINY]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    stopped_at = torch.load(run / "checkpoint.pt", weights_only=True)["step_done"]
+    assert 0 < stopped_at < 6 and not (run / "results.json").exists()
+
+    assert pmsacl.main([*arguments, "--resume"]) == 0
+    for name in ("encoder.pt", "checkpoint.pt"):
+        one = torch.load(finished / name, weights_only=True)
+        two = torch.load(run / name, weights_only=True)
+        one, two = one.get("encoder", one), two.get("encoder", two)
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert (run / "scores.csv").read_text().replace(str(run), "") == (
+        finished / "scores.csv"
+    ).read_text().replace(str(finished), "")
+    logs = [[{k: v for k, v in row.items() if k != "images_per_second"}
+             for row in table(r / "log.csv")] for r in (run, finished)]  # fmt: skip
+    assert logs[0] == logs[1]
+
+
+def test_resume_takes_the_options_of_the_run_and_refuses_others(finished, capsys):
+    assert pmsacl.main(["--resume", str(finished), "--alpha", "5"]) == 2
+    assert "--alpha 2.0, not 5.0" in capsys.readouterr().err
+
+
+def test_a_run_is_never_written_over(images, finished, capsys):
+    before = (finished / "results.json").read_bytes()
+    assert pmsacl.main(["--data", str(images), "--out", str(finished), *TINY]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_runs_without_a_name_get_the_next_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pmsacl.default_run("/x/kvasir", newest=False) == Path("runs/kvasir")
+    Path("runs/kvasir").mkdir(parents=True)
+    assert pmsacl.default_run("/x/kvasir", newest=False) == Path("runs/kvasir-2")
+    Path("runs/kvasir-2").mkdir()
+    assert pmsacl.default_run("/x/kvasir", newest=True) == Path("runs/kvasir-2")
+    assert pmsacl.default_run("", newest=True) == Path("runs/phantom")
+
+
+def test_presets_give_way_to_options(tmp_path):
+    config, _ = pmsacl.resolve(
+        {"preset": "quick", "epochs": 3, "out": str(tmp_path / "r"), "data": "x"}, None
+    )
+    assert (config.epochs, config.image_size, config.init) == (3, 64, "auto")
+    config, _ = pmsacl.resolve({"out": str(tmp_path / "r")}, None)
+    assert (config.preset, config.init) == ("quick", "random")  # the phantoms
+    config, _ = pmsacl.resolve({"out": str(tmp_path / "r"), "data": "x"}, None)
+    assert (config.preset, config.epochs, config.image_size) == ("paper", 2000, 256)
+
+
+# --- mistakes ----------------------------------------------------------------------------------
+
+
+def fails(folder: Path, *named: str, arguments: tuple[str, ...] = ()) -> None:
+    """One line on stderr that names what is wrong, exit 2, and no run folder."""
+    out = folder / "run"
+    result = command("--data", str(folder / "data"), "--out", str(out), *TINY, *arguments)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("decoding")]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("pmsacl.py: "), result.stderr
+    assert all(name in lines[0] for name in named), lines[0]
+    assert "Traceback" not in result.stderr and not out.exists()
+
+
+def folder_with(tmp_path: Path, images: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    for path in images.rglob("*.png"):
+        target = tmp_path / "data" / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "data"
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    fails(tmp_path, str(tmp_path / "data"))
+
+
+def test_all_unreadable_files_are_named_and_can_be_skipped(tmp_path, images):
+    root = folder_with(tmp_path, images)
+    (root / "train/good/text.png").write_text("not an image")
+    whole = root / "train/good/cut.jpg"
+    Image.new("RGB", (64, 64), "red").save(whole)
+    whole.write_bytes(whole.read_bytes()[:300])
+    fails(tmp_path, "text.png", "cut.jpg", "--skip-bad")
+    result = command("--data", str(root), "--out", str(tmp_path / "run"), *TINY, "--skip-bad")
+    assert result.returncode == 0 and (tmp_path / "run/results.json").exists()
+
+
+def test_mask_of_another_size_and_mask_without_an_image(tmp_path, images):
+    root = folder_with(tmp_path, images)
+    mask = next((root / "ground_truth/lesion").iterdir())
+    Image.new("L", (9, 9)).save(mask)
+    fails(tmp_path, mask.name)
+    next((root / "test/lesion").glob(mask.name.replace("_mask", ""))).unlink()
+    fails(tmp_path, mask.name)
+
+
+def test_test_folder_with_one_class(tmp_path, images):
+    root = folder_with(tmp_path, images)
+    for path in (root / "test/good").iterdir():
+        path.unlink()
+    (root / "test/good").rmdir()
+    fails(tmp_path, "both classes")
+
+
+def test_too_few_training_images(tmp_path, images):
+    root = folder_with(tmp_path, images)
+    for path in sorted((root / "train/good").iterdir())[1:]:
+        path.unlink()
+    result = command("--data", str(root), "--out", str(tmp_path / "run"), *TINY)
+    assert result.returncode == 2 and "two images or more" in result.stderr
+
+
+def test_unknown_option_value_unwritable_output_and_missing_data(tmp_path, images):
+    folder_with(tmp_path, images)
+    fails(tmp_path, "--weak", arguments=("--weak", "strong"))
+    fails(tmp_path, "--epochs", arguments=("--epochs", "many"))
+    fails(tmp_path, "--nonsense", arguments=("--nonsense", "1"))
+    (tmp_path / "file").write_text("")
+    result = command("--data", str(images), "--out", str(tmp_path / "file" / "run"), *TINY)
+    assert result.returncode == 2 and str(tmp_path / "file") in result.stderr
+    result = command("--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
+    assert result.returncode == 2 and "nowhere" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(images, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["--data", str(images), "--out", str(run), *TINY, "--lr", "1e30", "--epochs", "9"]
+    assert pmsacl.main([*arguments, "--features", "raw"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss is not finite" in error and "learning rate" in error
+    assert not (run / "results.json").exists()
+
+
+def test_training_on_a_flat_folder_goes_without_measures(tmp_path, images):
+    root = tmp_path / "flat"
+    root.mkdir()
+    for path in (images / "train/good").iterdir():
+        (root / path.name).write_bytes(path.read_bytes())
+    run = tmp_path / "run"
+    assert pmsacl.main(["--data", str(root), "--out", str(run), *TINY]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert "padim" not in results and (run / "detector.pt").exists()
+
+
+# --- what training loops share -----------------------------------------------------------------
+
+
+def test_generators_depend_on_every_part_of_their_key():
+    draws = [torch.rand(1, generator=shared.generator(*key)).item()
+             for key in ((0, 1), (1, 0), (0, 1, 0), (0, 2), (0, 1))]  # fmt: skip
+    assert draws[0] == draws[-1] and len(set(draws)) == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"),
+                          (3599.9, "1 h 00 min"), (7500, "2 h 05 min")],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert shared.duration(seconds) == text
+
+
+def test_a_long_run_on_a_cpu_says_how_to_shorten_it(capsys, monkeypatch):
+    clock = iter(float(k) for k in range(0, 1000, 10))
+    monkeypatch.setattr(shared.time, "monotonic", lambda: next(clock))
+    meter = shared.Meter(0, 5000, 16, torch.device("cpu"))
+    for step in range(1, 5):
+        meter.show(step, "epoch 1/9", {"aug": 1.0}, last=False)
+    text = capsys.readouterr().err
+    assert "5000 steps, about 13 h" in text and "--preset quick" in text
+
+
+def two_ranks(rank: int, folder: str) -> None:
+    """Half of the rows each; loss and gradients go to a file."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    x, n, pair, c, weight = torch.load(f"{folder}/whole.pt", weights_only=True)
+    half = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
+    net = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    net.weight.data = weight
+    z = net(x[half])
+    z_all, n_all, pair_all, rows = shared.gather(z, n[half], pair[half] - half.start)
+    loss = pmsacl.contrastive_loss(z_all, n_all, pair_all, c, rows=rows)
+    loss = loss + pmsacl.multi_centring_loss(z, n[half], c)
+    loss.backward()
+    shared.average_gradients(net)
+    value = loss.detach() / 2
+    torch.distributed.all_reduce(value)
+    torch.save((value, net.weight.grad), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
+    g = shared.generator(0)
+    half = torch.arange(2).repeat_interleave(4)
+    n, pair = torch.cat([half, half]), torch.arange(16) ^ 1
+    x, c = torch.randn(16, 6, generator=g), torch.randn(2, 5, generator=g)
+    weight = torch.randn(5, 6, generator=g)
+    torch.save((x, n, pair, c, weight), tmp_path / "whole.pt")
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
+
+    net = torch.nn.Linear(6, 5, bias=False)
+    net.weight.data = weight.clone()
+    z = net(x)
+    loss = pmsacl.contrastive_loss(z, n, pair, c) + pmsacl.multi_centring_loss(z, n, c)
+    loss.backward()
+    for rank in range(2):
+        value, gradient = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close(value, loss.detach())
+        torch.testing.assert_close(gradient, net.weight.grad)
