@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -383,7 +383,8 @@ class Pretraining:
             generator=generator(config.seed, 2),
         )
         self.init = start_weights(self.encoder.backbone, config.init)
-        self.encoder = synchronised(channels_last(self.encoder.to(self.device)).train())
+        channels_last(self.encoder.to(self.device)).train()
+        self.encoder = cast(Encoder, synchronised(self.encoder))
         self.optimiser = torch.optim.SGD(
             self.encoder.parameters(),
             lr=config.lr,

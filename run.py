@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
@@ -139,7 +138,7 @@ def average_gradients(module: nn.Module) -> None:
             g.copy_(part.view_as(g))
 
 
-def synchronised(module: M) -> M:
+def synchronised(module: nn.Module) -> nn.Module:
     """Batch-norm over all ranks where torch has it, which is on GPUs."""
     on_gpu = next(module.parameters()).is_cuda
     return nn.SyncBatchNorm.convert_sync_batchnorm(module) if ranks()[1] > 1 and on_gpu else module
