@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -43,7 +44,7 @@ from kernels.contrastive import contrastive, contrastive_ref
 from kernels.mahalanobis import mahalanobis, mahalanobis_ref
 
 Z, A, P = 128, 4, 4096
-KAPPA = {"tau": 0.2, "alpha": 2.0}
+KAPPA: dict[str, Any] = {"tau": 0.2, "alpha": 2.0}
 COLUMNS = "operation size channels path pass ms peak_mb floor_ms over_floor".split()
 
 
@@ -152,10 +153,12 @@ def check(device: torch.device, backend: str) -> None:
     for N in (64, 1000):
         z, n, pair, c = views(N, device)
         z64 = z.double().requires_grad_()
+        z.requires_grad_()
         want = eager_contrastive(z64, n, pair, c.double())
-        got = contrastive(z.requires_grad_(), n, pair, c, backend=backend, **KAPPA)
+        got = contrastive(z, n, pair, c, backend=backend, **KAPPA)
         got.backward()
         want.backward()
+        assert z.grad is not None and z64.grad is not None
         results += [(f"contrastive N={N}", got, want), (f"its gradient N={N}", z.grad, z64.grad)]
     for B in (1, 8, 40):
         x, mean, W = (t[..., :64, :] if t.ndim < 3 else t for t in embeddings(B, 100, device))

@@ -4,12 +4,14 @@ Sizes: N views (both weak views of every strong image), Z features, A classes, R
 as queries (all of them in one process, a rank's own under torch.distributed).
 
 Three ways to one number. `contrastive_ref` is the definition and holds the (R, N) matrix. The
-torch path holds one tile of it at a time. The Triton path does the same on a GPU, in four small
-launches forward and two backward. Neither path ever stores the matrix: the backward pass computes
-its tiles again from the saved log-sum-exp. No floating-point atomics: the same bits every time.
+torch path (`tiles.py`) holds one tile of it at a time. The Triton path does the same on a GPU, in
+three launches forward and two backward. Neither path ever stores the matrix: the backward pass
+computes its tiles again from the saved log-sum-exp. No floating-point atomics, so the same bits
+every time.
 
-What the Triton path must cost (derived on paper, not measured; Z = 128, float32, an H100 with
-3.35 TB/s, 67 TFLOP/s in float32, about 400 in tf32):
+No GPU was at hand: the kernels are checked in Triton's interpreter and by compiling them ahead of
+time, and what follows is derived on paper, not measured (Z = 128, forward and backward, an H100
+with 3.35 TB/s, 67 TFLOP/s in float32, about 400 in tf32):
 
     operations  2 N^2 Z forward, 4 N^2 Z backward (s again, then w f). One pass serves both roles
                 of a view since kappa is symmetric; eager needs 2 + 4 as well, and 20 passes over
@@ -22,8 +24,11 @@ What the Triton path must cost (derived on paper, not measured; Z = 128, float32
         16384    3.1 ms          0.5 ms       21 GB                          6.4 ms
         65536    49 ms           8.2 ms       344 GB (17 GB at a time)       103 ms
 
-At N = 256 launches decide, about 5 us each: 6 of ours and 13 of the checks against some 60.
-In float32 a ratio to eager of 3 at N = 4096 wants half of the float32 peak; tf32 has room.
+Eager pays products and passes, the kernels pay the products alone, at what `tl.dot` reaches. In
+float32 that bounds the gain over eager to (0.19 + 0.40) / 0.19, three times, at the full float32
+peak, so expect one to two times (and memory linear in N); in tf32 to (0.03 + 0.40) / 0.03, so
+three times needs a quarter of the peak. At N = 256 launches decide, about 5 us each: some 10 of
+ours and 15 of the checks against some 60.
 """
 
 from __future__ import annotations
@@ -417,7 +422,8 @@ def contrastive_rows(
             f'Z={z.shape[1]}: use backend="torch"'
         )
     n, pair = n.contiguous(), pair.contiguous()
-    return _Fused.apply(z, n, pair, c, kappa, start, stop, allow_tf32)
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        return _Fused.apply(z, n, pair, c, kappa, start, stop, allow_tf32)
 
 
 def contrastive(

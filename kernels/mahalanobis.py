@@ -162,4 +162,5 @@ def mahalanobis(
             f"the Triton path takes 16- and 32-bit floats and D <= {MAX_D}, got {x.dtype} and "
             f'D={x.shape[2]}: use backend="torch"'
         )
-    return _launch(x, mean, whitening, allow_tf32)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return _launch(x, mean, whitening, allow_tf32)

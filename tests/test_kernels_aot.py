@@ -47,6 +47,17 @@ def variants() -> dict[str, tuple]:
                 types = IDS | NUMBERS | {"f_ptr": element}
                 jit = getattr(contrastive, kernel)
                 found[f"contrastive{kernel} {kind} Z={ZP}"] = (jit, types, tile, launch, targets)
+    fixed = {"start": 1, "stop": 1, "splits": 1}  # Triton folds an argument that is 1
+    tile, launch = contrastive.config("_backward", "ieee", 128)
+    types = IDS | NUMBERS
+    for kernel, constants in (
+        ("_backward", tile | {"start": 1}),
+        ("_finish_forward", dict(ZP=128, BM=16) | fixed),
+        ("_finish_backward", dict(ZP=128, BM=16, Z=1, splits=1)),
+    ):
+        jit = getattr(contrastive, kernel)
+        options = launch if kernel == "_backward" else {}
+        found[f"contrastive{kernel} ieee folded"] = (jit, types, constants, options, NVIDIA)
     for kernel in ("_prepare", "_finish_forward", "_finish_backward"):
         for ZP in (128, 512):
             types = IDS | NUMBERS | {"z_ptr": "*bf16", "f_ptr": "*bf16", "dz_ptr": "*bf16"}
