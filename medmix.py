@@ -13,7 +13,7 @@ augments every image once, n = torch.arange(A).repeat_interleave(B) gives every 
 Not here: what is learned from the views (pmsacl.py).
 
 B images of S x S pixels in [0, 1]; A classes; N outputs; K lesions in all; M = A - 1 lesions at
-most in one image; s the side of the square around the largest; T steps done one after the other.
+most in one image; s the side of the square around the largest.
 """
 
 from __future__ import annotations
@@ -89,10 +89,9 @@ def weak(
     box = crop_boxes(b, side, generator, area)  # (B, 4)
     flip = _rand(generator, b) < 0.5
     op, value = jitter_steps(b, generator, w.jitter, _rand(generator, b) < w.jitter_p)  # (B, 4)
-    greyed = GREY_STEP * (_rand(generator, b, 1) < w.grey_p)
-    blurred = BLUR_STEP * (_rand(generator, b, 1) < w.blur_p)
-    op = torch.cat([op, greyed, blurred], 1)  # (B, 6)
-    value = torch.cat([value, greyed, _uniform(generator, *SIGMA, b, 1)], 1)
+    greyed, blurred = _rand(generator, b, 1) < w.grey_p, _rand(generator, b, 1) < w.blur_p
+    finish = (greyed | blurred) * (4 + greyed + 2 * blurred)  # (B, 1) which of STEPS
+    op, value = torch.cat([op, finish], 1), torch.cat([value, _uniform(generator, *SIGMA, b, 1)], 1)
 
     out = torch.empty_like(x) if out is None else out
     at_a_time = b if x.is_cuda else max(1, CACHE // x[0].numel())
@@ -115,11 +114,8 @@ def crop_boxes(b: int, side: int, generator: Generator, min_area: float) -> Tens
     first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1)
     height = height.gather(1, first)[:, 0].masked_fill(none, side)
     width = width.gather(1, first)[:, 0].masked_fill(none, side)
-    top, left = (
-        _whole_number(generator, side - height + 1),
-        _whole_number(generator, side - width + 1),
-    )
-    return torch.stack([top, left, height, width], 1)
+    size = torch.stack([height, width], 1)
+    return torch.cat([_whole_number(generator, side - size + 1), size], 1)
 
 
 def crop(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
@@ -234,8 +230,13 @@ def blur(x: Tensor, sigma: Tensor) -> None:
     x.copy_(y.view(b, 3, side, side))
 
 
-STEPS = (brightness, contrast, saturation, hue, to_grey, blur)
-GREY_STEP, BLUR_STEP = STEPS.index(to_grey) + 1, STEPS.index(blur) + 1
+def grey_blur(x: Tensor, sigma: Tensor) -> None:
+    """Both."""
+    to_grey(x, sigma)
+    blur(x, sigma)
+
+
+STEPS = (brightness, contrast, saturation, hue, to_grey, blur, grey_blur)  # 1, 2, …
 
 
 # A_n: MedMix ---------------------------------------------------------------------------------
