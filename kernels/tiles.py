@@ -27,8 +27,10 @@ def _blocks(sizes: list[int]) -> list[tuple[int, int, int]]:
         parts = -(-size // TILE)
         for k in range(parts):
             start, stop = first + size * k // parts, first + size * (k + 1) // parts
-            if blocks and stop - blocks[-1][0] <= TILE // 4:
-                blocks[-1] = (blocks[-1][0], stop, -1)
+            begin, end, last = blocks[-1] if blocks else (0, TILE, 0)
+            scraps = stop - start < TILE // 4 and (last == -1 or end - begin < TILE // 4)
+            if scraps and stop - begin <= TILE:
+                blocks[-1] = (begin, stop, -1)
             else:
                 blocks.append((start, stop, label))
         first += size
