@@ -79,7 +79,7 @@ class Config:
     aug_head: str = _option("backbone", "f_beta sees the backbone or projection  [P!(8) R17]")
     weak: str = _option("simclr", "weak augmentation: simclr or ccd              [P!§4.2 R16]")
     init: str = _option("auto", "auto, imagenet, random or a FILE                [P!§4.2 R14]")
-    epochs: int = _option(2000, "                                                [P!§4.2 R15]")
+    epochs: int = _option(2000, "passes over the images                          [P!§4.2 R15]")
     batch_size: int = _option(32, "images; views are 2 |A| times as many         [P:§4.2]")
     image_size: int = _option(256, "pixels a side                                [P:§4.2]")
     lr: float = _option(0.01, "learning rate at the start                        [P:§4.2]")
@@ -255,7 +255,7 @@ def patch_pairs(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     shift = (24 + draw(8, b, 2)).to(x.device) * torch.tensor(DIRECTIONS, device=x.device)[p]
     room = s - PATCH + 1 - shift.abs()  # (B, 2) places along each axis
     place = torch.rand(b, 2, generator=generator, device=generator.device).to(x.device)
-    first = (place * room).long() - shift.clamp(max=0)  # (B, 2) top left corners
+    first = torch.minimum((place * room).long(), room - 1) - shift.clamp(max=0)  # (B, 2) corners
     return crop(x, first), crop(x, first + shift), p
 
 
