@@ -1,7 +1,8 @@
-"""PaDiM on the pre-trained encoder, eq. 13, and the loader of saved detectors.   [P:§3.3]
+"""PaDiM on the pre-trained encoder, eq. 13, and `load` for either detector.   [P:§3.3]
 
 PaDiM is Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and
 Localization", 2020: `[D:(1)]` tags its equations. The distance itself is kernels/mahalanobis.py's.
+IGD, eq. 10-12, is in igd.py and MS-SSIM in ssim.py; both names are here too.
 
 Sizes: N training images, B images to score, S pixels a side, P = (S/4)^2 positions (those of
 layer1), D channels, h = S/4.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from data import progress
-from encoder import ResNet18, normalise, to_unit
+from encoder import ResNet18, channels_last, normalise, to_unit
+from igd import IGD, read_state
 from kernels.mahalanobis import mahalanobis
+from run import save_atomically
+from ssim import ms_ssim
+
+__all__ = ["IGD", "PaDiM", "load", "ms_ssim"]
 
 LAYERS = (64, 128, 256)  # channels of layers 1-3, 448 together                   [P!§4.2 R19]
 SIGMA_AT = 256  # pixels a side for which PaDiM's sigma is meant
@@ -140,7 +145,7 @@ class PaDiM:
         if not (eps >= 0 and sigma >= 0 and math.isfinite(eps + sigma)):
             raise ValueError(f"eps and sigma must be 0 or above, got {eps} and {sigma}")
         self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
-        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last(self.backbone)
         self.device = self.backbone.conv1.weight.device
         generator = torch.Generator().manual_seed(seed)
         self.channels = torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values
@@ -162,7 +167,7 @@ class PaDiM:
         x = torch.empty(len(images), h, h, len(self.channels), device=self.device)
         for k in range(0, len(images), step):
             batch = normalise(to_unit(images[k : k + step], self.device))
-            stages = self.backbone.stages(batch.to(memory_format=torch.channels_last), last=3)
+            stages = self.backbone.stages(channels_last(batch), last=3)
             first = used = 0
             for layer in stages:
                 chosen = self.channels[
@@ -232,20 +237,16 @@ class PaDiM:
             "mean": self.mean,
             "whitening": self.whitening[:, lower[0], lower[1]],  # (P, D (D + 1) / 2)
         }
-        partial = Path(f"{path}.partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        save_atomically(state, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> PaDiM:
         """What `save` wrote, on a device.   raises: ValueError if the file is another's."""
-        state = _read(path, device)
-        if state["kind"] != "padim":
-            raise ValueError(f"{path}: holds a detector of kind {state['kind']!r}, not 'padim'")
-        return cls._of(state, device)
+        return cls.of(read_state(path, device, "padim"), device)
 
     @classmethod
-    def _of(cls, state: dict[str, Any], device: torch.device | str) -> PaDiM:
+    def of(cls, state: dict[str, Any], device: torch.device | str) -> PaDiM:
+        """The detector of what `save` wrote."""
         backbone = ResNet18().to(device)
         backbone.load_state_dict(state["backbone"])
         detector = cls(
@@ -277,25 +278,13 @@ def _checked(images: ArrayLike | Tensor) -> np.ndarray | Tensor:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> PaDiM:
+def load(path: str | Path, device: torch.device | str = "cpu") -> PaDiM | IGD:
     """The detector that a file holds, by the kind that it names.
 
     raises: OSError if it cannot be opened, ValueError if it is no detector.
     """
-    state = _read(path, device)
-    if state["kind"] == "padim":
-        return PaDiM._of(state, device)
-    raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
-
-
-def _read(path: str | Path, device: torch.device | str) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # an unpickler fails in any way on bytes that are none of its own
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a detector file, or damaged ({reason})") from None
-    if not isinstance(state, dict) or "kind" not in state:
-        raise ValueError(f"{path}: not a detector file")
-    return state
+    state = read_state(path, device)
+    kinds: dict[str, type[PaDiM] | type[IGD]] = {"padim": PaDiM, "igd": IGD}
+    if state["kind"] not in kinds:
+        raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
+    return kinds[state["kind"]].of(state, device)
