@@ -93,11 +93,13 @@ def weak(
     finish = (greyed | blurred) * (4 + greyed + 2 * blurred)  # (B, 1) which of STEPS
     op, value = torch.cat([op, finish], 1), torch.cat([value, _uniform(generator, *SIGMA, b, 1)], 1)
 
-    out = torch.empty_like(x) if out is None else out
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     at_a_time = b if x.is_cuda else max(1, CACHE // x[0].numel())
     for first in range(0, b, at_a_time):
         part = slice(first, first + at_a_time)
-        view = in_steps(crop(x[part], box[part], flip[part]), op[part], value[part], STEPS)
+        view = in_steps(
+            crop(x[part].contiguous(), box[part], flip[part]), op[part], value[part], STEPS
+        )
         torch.clamp(view, 0, 1, out=out[part])  # interpolation and blur may round to 1 + 2^-23
     return out
 
@@ -225,7 +227,7 @@ def blur(x: Tensor, sigma: Tensor) -> None:
     tap = torch.arange(-r, r + 1, device=x.device, dtype=x.dtype)
     kernel = torch.softmax(-0.5 * (tap / sigma.view(b, 1)) ** 2, 1)  # (B, 2r+1), sums to 1
     kernel = kernel.repeat_interleave(3, 0).view(3 * b, 1, 1, 2 * r + 1)
-    y = F.pad(x, (r, r, r, r), mode="reflect").view(1, 3 * b, side + 2 * r, side + 2 * r)
+    y = F.pad(x, (r, r, r, r), mode="reflect").reshape(1, 3 * b, side + 2 * r, side + 2 * r)
     y = F.conv2d(F.conv2d(y, kernel, groups=3 * b), kernel.mT, groups=3 * b)
     x.copy_(y.view(b, 3, side, side))
 
@@ -286,7 +288,10 @@ def medmix(
 
 
 def alter(patch: Tensor, fired: Tensor, lesions: Lesions, generator: Generator) -> Tensor:
-    """Patches (K, 3, s, s) after what of jitter, noise, fisheye and wave has fired (K, 4)."""
+    """Patches (K, 3, s, s) after what of jitter, noise, fisheye and wave has fired (K, 4).
+
+    The contrast is about the mean of the square around the lesion.
+    """
     k = len(patch)
     op, value = jitter_steps(k, generator, LESION_JITTER, fired[:, 0])
     op = torch.cat([op, 5 * fired[:, 1:2]], 1)
@@ -651,7 +656,8 @@ def _start(
     low, high = int(n.min()), int(n.max())
     if low < 0 or (classes is not None and high >= classes):
         raise ValueError(f"n must be in 0..classes-1, got {low}..{high} with classes={classes}")
-    return x.repeat(len(n) // len(x), 1, 1, 1), n, high + 1 if classes is None else classes
+    out = x.contiguous().repeat(len(n) // len(x), 1, 1, 1)
+    return out, n, high + 1 if classes is None else classes
 
 
 def _everywhere(out: Tensor, n: Tensor) -> Tensor:
