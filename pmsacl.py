@@ -35,6 +35,7 @@ import data
 import detectors
 import eval as evaluation
 import medmix
+import phantom
 from encoder import Encoder, ResNet18, channels_last, frozen_averages, start_weights, to_unit
 from kernels.contrastive import contrastive
 from run import (
@@ -643,7 +644,7 @@ def prepare(config: Config, run: Path) -> Images:
         run.mkdir(parents=True, exist_ok=True)
         root = Path(config.data or run / "phantom")
         if not config.data:
-            data.phantom(root, size=config.image_size)
+            phantom.draw(root, size=config.image_size)
         found = data.discover(root, seed=config.seed)
         decode = functools.partial(
             data.decode, size=config.image_size, cache_dir=run / "cache", skip_bad=config.skip_bad

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import detectors
+import phantom
 import pmsacl
 import run as shared
 from encoder import ResNet18
@@ -45,7 +45,7 @@ def command(*args: str, **changes: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "phantom"
-    data.phantom(root, train=16, good=6, abnormal=6, size=32)
+    phantom.draw(root, train=16, good=6, abnormal=6, size=32)
     return root
 
 
