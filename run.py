@@ -37,21 +37,36 @@ def autocast(device: torch.device) -> torch.autocast:
 # --- files: written beside their place and moved there, so an interruption leaves the old one ----
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; it takes its place at the end, or goes if that fails."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_atomically(value: dict, path: Path) -> None:
     """torch.save of plain tensors, numbers and strings: loads with weights_only=True."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(value, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save(value, partial)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     """A CSV file of rows with the same keys, numbers to six digits."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="") as file:
+    with replacing(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
-    os.replace(partial, path)
 
 
 # --- processes: `torchrun --nproc-per-node R pmsacl.py ...` ---------------------------------------
