@@ -88,6 +88,9 @@ class Config:
     local_lr: float = _option(0.1, "at the start, for 32 px patches              [P!§4.2 R15]")
     momentum: float = _option(0.9, "of SGD                                       [P!§4.2 R15]")
     weight_decay: float = _option(3e-4, "of SGD                                  [P!§4.2 R15]")
+    detector: str = _option("padim", "padim, igd or both")
+    local: str = _option("auto", "IGD's local model: yes, no or auto (above 64 px) [P:§4.2]")
+    igd_epochs: int = _option(256, "of IGD's own training                      [P!§4.2 R21]")
     paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
     skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
     seed: int = _option(0, "of every random draw")
@@ -99,6 +102,8 @@ class Config:
             "features": ("unit", "raw"),
             "aug_head": ("backbone", "projection"),
             "weak": ("simclr", "ccd"),
+            "detector": ("padim", "igd", "both"),
+            "local": ("auto", "yes", "no"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -112,12 +117,14 @@ class Config:
         for name in ("centre_weight", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise _bad(self, name, "0 or above")
-        least = {"classes": 1, "epochs": 1, "batch_size": 2, "seed": 0}
+        least = {"classes": 1, "epochs": 1, "batch_size": 2, "seed": 0, "igd_epochs": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise _bad(self, name, f"{lowest} or above")
         if self.image_size < 32 or self.image_size % 32:
             raise _bad(self, "image_size", "a multiple of 32, 32 or above")
+        if self.local == "yes" and self.image_size < 64:
+            raise _bad(self, "local", f"no at --image-size {self.image_size}")
         positive_scale(self)  # a word or a number
 
 
@@ -128,7 +135,12 @@ def _bad(config: Config, name: str, wanted: str) -> ValueError:
 
 PRESETS: dict[str, dict[str, int | float]] = {
     "paper": {},  # section 4.2, the defaults above
-    "quick": {"image_size": 64, "batch_size": 16, "epochs": 8},  # what a CPU finishes
+    "quick": {
+        "image_size": 64,
+        "batch_size": 16,
+        "epochs": 8,
+        "igd_epochs": 30,
+    },  # what a CPU finishes
 }
 
 
@@ -696,16 +708,27 @@ def main_job(config: Config, run: Path) -> None:
 
     began = time.monotonic()
     encoder, init = pretrain(images.train, config, run)
+    patches = None  # the encoder of IGD's local model
+    wanted = config.local == "yes" or (config.local == "auto" and config.image_size > 64)
+    if config.detector != "padim" and wanted:
+        patches, _ = pretrain(images.train, config, run, local=True)
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return  # the detectors are one process's work
     save_atomically(encoder.backbone.state_dict(), run / "encoder.pt")
     figures(images, config, run)
 
-    began = time.monotonic()
-    found: dict[str, Any] = {"padim": detectors.PaDiM(encoder.backbone, seed=config.seed)}
-    found["padim"].fit(images.train).save(run / "detector.pt")
-    seconds["detector"] = time.monotonic() - began
+    found: dict[str, Any] = {}
+    if config.detector in ("padim", "both"):
+        began = time.monotonic()
+        found["padim"] = detectors.PaDiM(encoder.backbone, seed=config.seed).fit(images.train)
+        found["padim"].save(run / "detector.pt")
+        seconds["padim"] = time.monotonic() - began
+    if config.detector in ("igd", "both"):
+        began = time.monotonic()
+        found["igd"] = train_igd(encoder, patches, images, config, run)
+        found["igd"].save(run / ("detector_igd.pt" if "padim" in found else "detector.pt"))
+        seconds["igd"] = time.monotonic() - began
     untrained = ResNet18(generator(config.seed, 2)).to(config.device).eval()
     found["untrained"] = detectors.PaDiM(untrained, seed=config.seed).fit(images.train)
 
@@ -728,6 +751,35 @@ def main_job(config: Config, run: Path) -> None:
     )
     print((run / "results.md").read_text(), end="")
     say(f"weights, scores and figures are in {run}")
+
+
+def train_igd(
+    encoder: Encoder, patches: Encoder | None, images: Images, config: Config, run: Path
+) -> detectors.IGD:
+    """IGD from the pre-trained encoders; its log and a figure of its reconstructions.   [P:§3.3]"""
+    igd = detectors.IGD(
+        encoder.backbone,
+        patches.backbone if patches else None,
+        image_size=config.image_size,
+        epochs=config.igd_epochs,
+        seed=config.seed,
+    )
+    igd.fit(images.train, checkpoint=run / "checkpoint_igd.pt")
+    for name, rows in igd.log.items():
+        write_rows(run / f"log_igd_{name}.csv", rows)
+    shown = images.train[:6] if images.test is None else images.test
+    if images.test is not None:  # three healthy images, three with lesions
+        labels = np.array([sample.label for sample in images.dataset.test])
+        shown = shown[np.sort(np.r_[np.flatnonzero(labels == 0)[:3], np.flatnonzero(labels)[:3]])]
+    x = to_unit(shown, igd.device)
+    x_tilde = igd.reconstruct(x)
+    cells = [
+        [(row * 255).byte().cpu().numpy() for row in rows]
+        for rows in (x, x_tilde, (x - x_tilde).abs())
+    ]
+    grid = evaluation.image_grid(cells, rows=("image", "reconstruction", "difference"), title="IGD")
+    evaluation.write_file(run / "figures" / "reconstruction_igd.png", evaluation.png(grid))
+    return igd
 
 
 def plan(config: Config, images: Images, run: Path) -> str:

@@ -162,6 +162,25 @@ def test_presets_give_way_to_options(tmp_path):
     assert (config.preset, config.epochs, config.image_size) == ("paper", 2000, 256)
 
 
+def test_igd_shares_the_pre_training_and_resumes(images, tmp_path):
+    run = tmp_path / "both"
+    options = "--detector both --local yes --image-size 64 --igd-epochs 1 --epochs 1".split()
+    arguments = ["--data", str(images), "--out", str(run), *TINY, *options]
+    assert pmsacl.main(arguments) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert {"padim", "igd", "untrained"} <= set(results)
+    for name in ("checkpoint_local.pt", "log_local.csv", "log_igd_global.csv",
+                 "log_igd_local.csv", "figures/reconstruction_igd.png"):  # fmt: skip
+        assert (run / name).exists(), name
+    assert "pos" in table(run / "log_local.csv")[0] and "pos" not in table(run / "log.csv")[0]
+    first = torch.load(run / "detector_igd.pt", weights_only=True)["models"]
+    (run / "detector_igd.pt").unlink()
+    assert pmsacl.main([*arguments, "--resume"]) == 0  # from checkpoint_igd.pt, already trained
+    again = torch.load(run / "detector_igd.pt", weights_only=True)["models"]
+    for part, weights in first.items():
+        assert all(torch.equal(v, again[part][k]) for k, v in weights.items())
+
+
 # --- mistakes ----------------------------------------------------------------------------------
 
 
