@@ -12,10 +12,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import data
 from detectors import load as load_detector
-from run import Parser
+from figures import (
+    choose_cases,
+    image_grid,
+    localisation_figure,
+    map_scale,
+    overlay,
+    png,
+    source_of,
+)
+from run import Parser, write_file
 
 Array = NDArray[Any]
 
@@ -464,20 +470,20 @@ def evaluate(
     labels = np.array([sample.label for sample in dataset.test], bool)
     validation = validation_split(labels, seed)
     usable = ~validation & (known if masks is not None and known is not None else True)
-    rows, scores, figures = {}, {}, {}
+    rows, scores, drawn = {}, {}, {}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
         row = protocol(s, labels, maps, masks, known, seed=seed, paper_protocol=paper_protocol)
         row["map_scale"] = map_scale(maps, labels)
         row["data"] = _data_key(dataset, seed, paper_protocol)
         cases = choose_cases(s, labels, usable)
-        figures[name] = localisation_figure(images, maps, masks, dataset.test, s, row, cases, name)
+        drawn[name] = localisation_figure(images, maps, masks, dataset.test, s, row, cases, name)
         rows[name], scores[name] = row, s
     results = {**rows, **(extra or {})}
     results["seconds"] = {**results.get("seconds", {}), "evaluate": time.perf_counter() - started}
     write_results(run, results)
     write_scores(run, dataset.test, scores, rows, validation)
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         write_file(run / "figures" / f"localisation_{name}.png", png(figure))
     return results
 
@@ -544,26 +550,6 @@ PAPER: dict[int, tuple[str, tuple[str, ...], dict[str, tuple[float, ...]]]] = {
 }
 # fmt: on
 _OURS = {"padim": "PMSACL - PaDiM", "igd": "PMSACL - IGD"}  # our row -> the paper's
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, making its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def png(image: Image.Image, source: str = "") -> bytes:
-    """The PNG file of an image, marked as ours and with the file that it shows."""
-    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
-    info.add_text("Software", "pmsacl")
-    info.add_text("Source", source)
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
 
 
 def write_results(run: Path, results: Mapping[str, Any]) -> None:
@@ -656,162 +642,6 @@ def write_scores(
     write_file(run / "scores.csv", text.getvalue().encode())
 
 
-# --- Figures, as Fig. 3-5 ----------------------------------------------------------------------
-
-_INFERNO = np.array(  # dark is low, bright is high, for every kind of colour vision
-    [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21),
-     (250, 193, 39), (252, 255, 164)]
-)  # fmt: skip
-GREEN, RED, YELLOW, CYAN = (40, 160, 60), (215, 40, 40), (255, 225, 0), (0, 235, 235)
-
-
-def heat_colours(x: Array) -> Array:
-    """Values in [0, 1] to RGB uint8, from dark violet to light yellow; clipped outside."""
-    at = np.clip(x, 0, 1) * (len(_INFERNO) - 1)
-    channels = [np.interp(at, np.arange(len(_INFERNO)), c) for c in _INFERNO.T]
-    return np.stack(channels, -1).round().astype(np.uint8)
-
-
-def map_scale(maps: Array, labels: Array) -> tuple[float, float]:
-    """The ends of the colour scale that all heat maps of a detector share.
-
-    returns: the median pixel of the normal images (what is usual is dark) and the 99.5th
-             percentile of the abnormal ones, from a grid of at most 64 x 64 pixels an image.
-    """
-    y, step = labels.astype(bool), -(-maps.shape[-1] // 64)
-    low = float(np.median(maps[~y, ::step, ::step]))
-    high = float(np.percentile(maps[y, ::step, ::step], 99.5))
-    return low, max(high, low + 1e-6 * max(abs(low), 1))
-
-
-def image_grid(
-    cells: Sequence[Sequence[Array | Image.Image | None]],
-    *,
-    rows: Sequence[str] = (),
-    columns: Sequence[str] = (),
-    title: str = "",
-    note: str = "",
-    side: int = 160,
-) -> Image.Image:
-    """A labelled grid of images on white.
-
-    cells:   rows of images: PIL, (3, S, S) or (S, S, 3) uint8; None leaves the place empty.
-    rows:    a label left of each row.    columns: a label above each column, of one line or more.
-    title:   above all, larger.               note:    below all; its lines are kept.
-    side:    pixels of a cell; images are resized to it.
-    """
-    font, large, gap, line = ImageFont.load_default(14), ImageFont.load_default(18), 6, 18
-    left = gap + (gap + int(max(font.getlength(r) for r in rows)) if rows else 0)
-    width = left + max(len(row) for row in cells) * (side + gap)
-    heads = ["\n".join(part[: side // 6] for part in c.splitlines()) for c in columns]
-    notes = textwrap.wrap(note, width // 7)
-    top = gap + (28 if title else 0) + line * max((h.count("\n") + 1 for h in heads), default=0)
-    bottom = top + len(cells) * (side + gap)
-    sheet = Image.new("RGB", (width, bottom + line * len(notes) + (8 if note else 0)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), title, "black", large)
-    draw.multiline_text((gap, bottom + 2), "\n".join(notes), "black", font, spacing=3)
-    for c, head in enumerate(heads):
-        at = (left + c * (side + gap), top - line * (head.count("\n") + 1) - 2)
-        draw.multiline_text(at, head, "black", font, spacing=3)
-    for r, row in enumerate(cells):
-        y = top + r * (side + gap)
-        draw.text((gap, y + side // 2), rows[r] if rows else "", "black", font, anchor="lm")
-        for c, cell in enumerate(row):
-            if cell is not None:
-                sheet.paste(_picture(cell, side), (left + c * (side + gap), y))
-    return sheet
-
-
-def _picture(image: Array | Image.Image, side: int) -> Image.Image:
-    """An image as RGB of side x side pixels."""
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-            array = array.transpose(1, 2, 0)
-        image = Image.fromarray(np.ascontiguousarray(array))
-    return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-
-
-def overlay(image: Array, heat: Array, scale: tuple[float, float], side: int) -> Image.Image:
-    """The heat map's colours over the grey image, on a scale shared by all images."""
-    x = (np.asarray(heat, np.float32) - scale[0]) / (scale[1] - scale[0])
-    resized = Image.fromarray(x).resize((side, side), Image.Resampling.BILINEAR)
-    colours = Image.fromarray(heat_colours(np.asarray(resized)))
-    return Image.blend(_picture(image, side).convert("L").convert("RGB"), colours, 0.6)
-
-
-def outlined(image: Array, mask: Array, colour: tuple[int, int, int], side: int) -> Image.Image:
-    """The image with a region tinted and outlined."""
-    area = Image.fromarray(np.asarray(mask, bool)).convert("L").resize((side, side))
-    m = np.pad(np.asarray(area) > 0, 2)
-    inner = m.copy()
-    for dy, dx in ((2, 0), (-2, 0), (0, 2), (0, -2)):
-        inner &= np.roll(m, (dy, dx), (0, 1))
-    pixels = np.asarray(_picture(image, side)).copy()
-    m, inner = m[2:-2, 2:-2], inner[2:-2, 2:-2]
-    pixels[inner] = pixels[inner] * 0.75 + np.array(colour) * 0.25
-    pixels[m & ~inner] = colour
-    return Image.fromarray(pixels)
-
-
-def choose_cases(
-    scores: Array, labels: Array, usable: Array, lesions: int = 6, normals: int = 3
-) -> list[int]:
-    """Indices for a figure: lesions evenly over their scores, the worst included, then normals."""
-    shown: list[int] = []
-    for members, count in ((labels & usable, lesions), (~labels & usable, normals)):
-        order = np.flatnonzero(members)[np.argsort(-scores[members], kind="stable")]
-        ranks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-        shown += order[ranks].tolist()
-    return shown
-
-
-def localisation_figure(
-    images: Array,
-    maps: Array,
-    masks: Array | None,
-    samples: Sequence[data.Sample],
-    scores: Array,
-    row: Mapping[str, Any],
-    shown: Sequence[int],
-    title: str = "",
-    side: int = 160,
-) -> Image.Image:
-    """Image, heat map, prediction and ground truth, a column a case.   [P:§4.6.1]
-
-    images ... scores: of the whole test set, N long; shown: the indices to draw.
-    row:     of results.json: threshold, map_scale and, with masks, pixel_threshold.
-    returns: green frames around images that are judged rightly, red around the others (Fig. 5).
-    """
-    low, high = row["map_scale"]
-    verdicts = {(0, 0): "passed", (0, 1): "false alarm", (1, 0): "missed", (1, 1): "found"}
-    framed, columns = [], []
-    for i in shown:
-        judged, label = int(scores[i] >= row["threshold"]), samples[i].label
-        framed.append(_picture(images[i], side))
-        box, colour = (0, 0, side - 1, side - 1), GREEN if judged == label else RED
-        ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
-        columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {verdicts[label, judged]}")
-    cells = {
-        "image": framed,
-        "heat map": [overlay(images[i], maps[i], (low, high), side) for i in shown],
-    }
-    note = (
-        f"Abnormal at a score >= {row['threshold']:.4g}; green frame: judged rightly, red: "
-        f"wrongly. Heat maps share one scale: dark {low:.4g} (median pixel of normal images) to "
-        f"bright {high:.4g} (99.5th percentile of abnormal ones)."
-    )
-    if masks is not None and "pixel_threshold" in row:
-        t = row["pixel_threshold"]
-        cells["prediction"] = [outlined(images[i], maps[i] >= t, YELLOW, side) for i in shown]
-        cells["ground truth"] = [outlined(images[i], masks[i], CYAN, side) for i in shown]
-        note += f" Prediction: pixels >= {t:.4g}."
-    return image_grid(
-        list(cells.values()), rows=list(cells), columns=columns, title=title, note=note, side=side
-    )
-
-
 # --- New images, and the command line ----------------------------------------------------------
 
 
@@ -894,7 +724,7 @@ def score_files(run: Path, paths: Sequence[Path], *, batch: int, device: str) ->
             block = np.array(images[k : k + batch])
             given = {name: detector.score(block) for name, detector in found.items()}
             for i, file in enumerate(files[k : k + batch]):
-                line, panels, heads = [str(file)], [_picture(block[i], 256)], ["image"]
+                line, panels, heads = [str(file)], [block[i]], ["image"]
                 for name, (maps, scores) in given.items():
                     score = float(scores[i])
                     verdict = "abnormal" if score >= results[name]["threshold"] else "normal"
@@ -915,7 +745,7 @@ def _image_files(path: Path) -> list[Path]:
     inside = [
         p
         for p in sorted(path.rglob("*"))
-        if p.suffix.lower() in data.EXTENSIONS and not p.name.startswith(".") and not _source(p)
+        if p.suffix.lower() in data.EXTENSIONS and not p.name.startswith(".") and not source_of(p)
     ]
     if not inside:
         raise ValueError(f"{path}: no images in this folder")
@@ -929,20 +759,9 @@ def _heatmap_files(files: Sequence[Path]) -> dict[Path, Path]:
     for file, stem in zip(dict.fromkeys(files), stems, strict=False):
         name = file.stem if stems.count(stem) == 1 else file.name
         targets[file] = target = file.with_name(f"{name}.heatmap.png")
-        if target.exists() and _source(target) != file.name:
+        if target.exists() and source_of(target) != file.name:
             raise ValueError(f"{target}: exists and is no heat map of {file.name}; move it away")
     return targets
-
-
-def _source(path: Path) -> str:
-    """The name of the image that a heat map of ours shows; empty for any other file."""
-    if not path.name.endswith(".heatmap.png"):
-        return ""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Source", "") if image.info.get("Software") == "pmsacl" else ""
-    except OSError:
-        return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

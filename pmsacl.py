@@ -37,6 +37,7 @@ import eval as evaluation
 import medmix
 import phantom
 from encoder import Encoder, ResNet18, channels_last, frozen_averages, start_weights, to_unit
+from figures import image_grid, png
 from kernels.contrastive import contrastive
 from run import (
     Meter,
@@ -806,8 +807,8 @@ def figures(images: Images, config: Config, run: Path) -> None:
     ]
     cells = [[(column[i] * 255).byte().numpy() for column in columns] for i in range(len(x))]
     names = [f"A_{n}: {n} lesion{'s' * (n != 1)}" for n in range(config.classes)]
-    grid = evaluation.image_grid(cells, columns=names, title="MedMix")
-    evaluation.write_file(run / "figures" / "medmix.png", evaluation.png(grid))
+    grid = image_grid(cells, columns=names, title="MedMix")
+    evaluation.write_file(run / "figures" / "medmix.png", png(grid))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
