@@ -1,4 +1,4 @@
-"""medmix.py: properties of the strong augmentations, each operation against a plain loop or formula,
+"""medmix.py: the strong augmentations' properties, each operation against a plain loop or formula,
 and how often and how strongly each fires.
 
 Tolerances count roundings of U32 = 2^-24 against float64 on the same bits. Frequencies may differ
@@ -484,7 +484,8 @@ def test_crop_boxes_are_drawn_as_torchvision_draws_them(min_area):
         else:
             want.append((0, 0, side, side))
     want = torch.tensor(want, dtype=torch.float64)
-    for got, expected in ((box, want), (box**2, want**2)):
+    for moment in (lambda y: y, lambda y: y**2, lambda y: (y[:, 2:3] / y[:, 3:]).log()):
+        got, expected = moment(box), moment(want)
         spread = (got.var(0) / b + expected.var(0) / b).sqrt()
         assert ((got.mean(0) - expected.mean(0)).abs() < SIGMAS * spread).all()
     assert (box[:, :2] >= 0).all() and (box[:, :2] + box[:, 2:] <= side).all()
@@ -540,7 +541,7 @@ def test_hue_against_colorsys():
     x[:, :, 0] = x[:, :1, 0]  # greys
     levels = torch.cartesian_prod(*[torch.tensor([0.0, 0.5, 1.0])] * 3)[:24]
     x[:, :, 1:4] = levels.T.reshape(3, 3, 8)  # ties of two or three channels
-    x[:, :, 4] = (x[:, :1, 4] + 1e-6 * x[:, :, 5]).clamp(max=1)
+    x[:, :, 4] = (x[:, :1, 4] + torch.logspace(-7, -2, 8) * x[:, :, 5]).clamp(max=1)
     turn = values_for(b, -0.5, 0.5)
     got = x.clone()
     medmix.hue(got, turn)
