@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from PIL import Image
 
 import data
 import eval as ev
-from run import write_file
 
 U64 = 2.0**-53  # one rounding in float64
 
@@ -451,61 +449,6 @@ def test_groups_of_abnormal_images():
     assert row["dice_sd"] == pytest.approx(np.std(dices, ddof=1))
     pros = [ev.aupro(case[2][g], case[3][g]) for g in groups]
     assert (row["pro"], row["pro_sd"]) == pytest.approx((np.mean(pros), np.std(pros, ddof=1)))
-
-
-# --- Tables --------------------------------------------------------------------------------------
-
-
-def test_the_papers_tables_have_all_their_rows():
-    assert [len(rows) for _, _, rows in ev.PAPER.values()] == [13, 10, 12, 10, 3, 6, 6]
-    assert list(ev.PAPER) == list(range(1, 8))
-    for number, (_, columns, rows) in ev.PAPER.items():
-        assert all(len(v) == len(columns) for v in rows.values()), number
-        assert all(0 < x < 1 for v in rows.values() for x in v), number
-    assert ev.PAPER[1][2]["PMSACL - PaDiM"] == (0.996, 0.966, 0.981, 0.983)
-    assert ev.PAPER[7][2]["PMSACL - IGD"] == (0.516, 0.667, 0.693)
-
-
-def result_rows(layout):
-    row = ev.protocol(*cases(), seed=0)
-    row["data"] = {"layout": layout, "root": "somewhere"}
-    return {"padim": row, "untrained": row, "init": "random"}
-
-
-def test_the_papers_figure_stands_beside_ours_on_its_data_set_only():
-    for layout in ("Hyper-Kvasir archive", "HyperKvasir"):
-        table = ev.results_table(result_rows(layout))
-        assert "| paper, Table 1: PMSACL - PaDiM | 0.996 | 0.966 | 0.981 | 0.983 |" in table
-        assert "| paper, Table 6: PMSACL - PaDiM | 0.406 | 0.554 | 0.854 |  |  |" in table
-        assert table.count("paper, Table") == 4 - 2  # none beside the untrained encoder
-    table = ev.results_table(result_rows("MVTec"))
-    assert "paper, Table" not in table
-    assert "|  | AUC | Specificity | Sensitivity | Accuracy |" in table
-    assert "|  | IoU | Dice | Pro | Pro, all | pixel AUROC |" in table
-    widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-    assert widths == {6, 7}
-
-
-def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    rows = result_rows("MVTec") | {
-        "seconds": {"fit": np.float32(1.5)},
-        "config": {"data": Path("x")},
-    }
-    ev.write_results(tmp_path, rows)
-    stored = json.loads((tmp_path / "results.json").read_text())
-    assert stored["padim"]["image_auroc"] == rows["padim"]["image_auroc"]
-    assert stored["seconds"] == {"fit": 1.5} and stored["config"] == {"data": "x"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.md"]
-
-    def fails(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fails)
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(OSError, match="disk full"):
-        write_file(tmp_path / "results.json", b"new")
-    assert (tmp_path / "results.json").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 # --- Scoring, evaluation and the command line ----------------------------------------------------

@@ -1,0 +1,76 @@
+"""tables.py: the paper's figures, our tables, files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tables
+from run import write_file
+
+
+def test_the_papers_tables_have_all_their_rows():
+    assert [len(rows) for _, _, rows in tables.PAPER.values()] == [13, 10, 12, 10, 3, 6, 6]
+    assert list(tables.PAPER) == list(range(1, 8))
+    for number, (_, columns, rows) in tables.PAPER.items():
+        assert all(len(v) == len(columns) for v in rows.values()), number
+        assert all(0 < x < 1 for v in rows.values() for x in v), number
+    assert tables.PAPER[1][2]["PMSACL - PaDiM"] == (0.996, 0.966, 0.981, 0.983)
+    assert tables.PAPER[7][2]["PMSACL - IGD"] == (0.516, 0.667, 0.693)
+
+
+ROW = {
+    "image_auroc": 0.9, "specificity": 0.8, "sensitivity": 0.7, "accuracy": 0.75,
+    "threshold": 1.5, "notes": ["A sentence."],
+    "images": dict.fromkeys(
+        ("validation_normal", "validation_abnormal", "test_normal", "test_abnormal"), 10
+    ),
+    "iou": 0.4, "dice": 0.5, "pro": 0.6, "iou_sd": None, "dice_sd": None, "pro_sd": None,
+    "pixel_threshold": 2.0, "best_possible": {"threshold": 2.1, "iou": 0.41, "dice": 0.51},
+    "pixel_auroc": 0.95, "aupro": 0.65,
+}  # fmt: skip
+
+
+def result_rows(layout):
+    row = ROW | {"data": {"layout": layout, "root": "somewhere"}}
+    return {"padim": row, "untrained": row, "init": "random"}
+
+
+def test_the_papers_figure_stands_beside_ours_on_its_data_set_only():
+    for layout in ("Hyper-Kvasir archive", "HyperKvasir"):
+        table = tables.results_table(result_rows(layout))
+        assert "| paper, Table 1: PMSACL - PaDiM | 0.996 | 0.966 | 0.981 | 0.983 |" in table
+        assert "| paper, Table 6: PMSACL - PaDiM | 0.406 | 0.554 | 0.854 |  |  |" in table
+        assert table.count("paper, Table") == 4 - 2  # none beside the untrained encoder
+    table = tables.results_table(result_rows("MVTec"))
+    assert "paper, Table" not in table
+    assert "|  | AUC | Specificity | Sensitivity | Accuracy |" in table
+    assert "|  | IoU | Dice | Pro | Pro, all | pixel AUROC |" in table
+    widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert widths == {6, 7}
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    rows = result_rows("MVTec") | {
+        "seconds": {"fit": np.float32(1.5)},
+        "config": {"data": Path("x")},
+    }
+    tables.write_results(tmp_path, rows)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["padim"]["image_auroc"] == rows["padim"]["image_auroc"]
+    assert stored["seconds"] == {"fit": 1.5} and stored["config"] == {"data": "x"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.md"]
+
+    def fails(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(OSError, match="disk full"):
+        write_file(tmp_path / "results.json", b"new")
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
