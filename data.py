@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -33,6 +33,7 @@ HYPERKVASIR_NORMAL = ("bbps-2-3", "cecum", "ileum")  # [P:§4.1]
 HYPERKVASIR_DRAW = (1600, 500, 1000)  # train, test normal, test abnormal        [P:§4.1]
 MIN_SIZE = 32  # pixels a side asked for: one patch of the local encoder
 MIN_SIDE = 8  # pixels of a file's shorter side: under that it is an icon, not an image
+LINE_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 CACHE_VERSION = 1  # part of every cache key; raise it when decoding changes
 
 LOOKED_FOR = (
@@ -439,9 +440,7 @@ def _cached(
             hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
             why = "; ".join(bad.values())
             raise ValueError(f"{len(bad)} of {len(keys)} files cannot be used: {why}{hint}")
-        part = folder / f"{name}.json.part-{os.getpid()}"
-        part.write_text(json.dumps(bad), encoding="utf-8")
-        os.replace(part, done)
+        done.write_text(json.dumps(bad), encoding="utf-8")  # cut short it is no JSON: not complete
     rows = len(keys) if blank else len(keys) - len(bad)
     return np.memmap(data, np.uint8, "r", shape=(rows, *shape)), bad
 
@@ -507,23 +506,13 @@ def _write_rows(
     return bad
 
 
-def progress(
-    items: Iterable[T],
-    total: int,
-    label: str,
-    *,
-    file: TextIO | None = None,
-    every: float = 10.0,
-) -> Iterator[T]:
-    """Pass items on and show how many are done and the time left.
+def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """Pass items on and show on stderr how many are done and the time left.
 
-    On a terminal one line is rewritten in place; elsewhere a line is printed every `every`
-    seconds, and a last one if the whole took at least a second.
-
-    file:    standard error if None.
-    every:   seconds between two lines where the file is no terminal.
+    On a terminal one line is rewritten in place; elsewhere a line is printed now and then, and a
+    last one if the whole took at least a second.
     """
-    file = file or sys.stderr
+    file = sys.stderr
     start = shown = time.monotonic()
     live, done, width = file.isatty(), 0, 0
     try:
@@ -531,7 +520,7 @@ def progress(
             yield item
             done += 1
             now = time.monotonic()
-            if now - shown >= (0.1 if live else every) and done < total:
+            if now - shown >= (0.1 if live else LINE_EVERY) and done < total:
                 left = (now - start) / done * (total - done)
                 line = f"{label} {done}/{total}, {_clock(left)} left"
                 print(f"\r{line:<{width}}" if live else line, end="" if live else "\n", file=file)
