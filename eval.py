@@ -1,8 +1,8 @@
 """The paper's measures and protocol; evaluates runs and scores new images.   [P:§4.3]
 
 Everything here takes the scores and heat maps that a detector gives; fitting one is not here
-(detectors.py), nor what is written (tables.py) and drawn (figures.py) of the result. A larger score is more abnormal, and "abnormal" always
-means score >= threshold, for images and for pixels.
+(detectors.py), nor what is written (tables.py) and drawn (figures.py) of the result. A larger
+score is more abnormal, and "abnormal" always means score >= threshold, for images and for pixels.
 
 Sizes: N images, S pixels a side, P abnormal pixels, K lesions (8-connected regions), T thresholds.
 """
@@ -425,7 +425,8 @@ def score_set(
     raises:   ValueError if a score or heat map is NaN.
     """
     n, side = len(images), images.shape[-1]
-    scores, maps = np.zeros(n, np.float32), np.zeros((0, side, side), np.float32)
+    scores: Array = np.zeros(n, np.float32)
+    maps: Array
     if n * side * side > MAPS_IN_MEMORY:
         with tempfile.TemporaryFile() as file:
             maps = np.memmap(file, np.float32, "w+", shape=(n, side, side))
