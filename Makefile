@@ -1,6 +1,7 @@
 # Each target sets up all it needs in .venv.
 PYTHON ?= python3
-export OMP_WAIT_POLICY = passive  # spinning OpenMP threads slow a shared machine many times
+# Spinning OpenMP threads slow a shared machine many times.
+export OMP_WAIT_POLICY = passive
 
 demo: .venv/ready
 	.venv/bin/python pmsacl.py
@@ -13,7 +14,11 @@ lint: .venv/ready-lint
 	.venv/bin/ruff check .
 	.venv/bin/mypy *.py kernels/*.py
 
-check: lint test
+notebooks: .venv/ready-notebooks
+	.venv/bin/jupytext --quiet --to ipynb notebooks/*.py
+	.venv/bin/jupyter execute --inplace notebooks/*.ipynb
+
+check: lint test notebooks
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -24,4 +29,8 @@ check: lint test
 	.venv/bin/pip install --quiet --requirement .ci/requirements.txt
 	touch $@
 
-.PHONY: demo test lint check
+.venv/ready-notebooks: .venv/ready notebooks/requirements.txt
+	.venv/bin/pip install --quiet --requirement notebooks/requirements.txt
+	touch $@
+
+.PHONY: demo test lint notebooks check
