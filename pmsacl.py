@@ -53,6 +53,7 @@ from run import (
     save_atomically,
     say,
     synchronised,
+    write_file,
     write_rows,
 )
 
@@ -648,38 +649,32 @@ class Images:
 def prepare(config: Config, run: Path) -> Images:
     """Find, check and decode the images, or draw the phantoms; config.json closes the phase.
 
-    raises: ValueError or OSError; a run folder that this call made is gone again.
+    raises: ValueError or OSError.
     """
-    existed = run.exists()
     if config.data:
         data.discover(config.data, seed=config.seed).check_test()  # before anything is written
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        root = Path(config.data or run / "phantom")
-        if not config.data:
-            phantom.draw(root, size=config.image_size)
-        found = data.discover(root, seed=config.seed)
-        decode = functools.partial(
-            data.decode, size=config.image_size, cache_dir=run / "cache", skip_bad=config.skip_bad
+    run.mkdir(parents=True, exist_ok=True)
+    root = Path(config.data or run / "phantom")
+    if not config.data:
+        phantom.draw(root, size=config.image_size)
+    found = data.discover(root, seed=config.seed)
+    decode = functools.partial(
+        data.decode, size=config.image_size, cache_dir=run / "cache", skip_bad=config.skip_bad
+    )
+    train, kept = decode(found.train)
+    found = dataclasses.replace(found, train=tuple(found.train[i] for i in kept))
+    test = masks = known = None
+    if found.test:
+        test, kept = decode([sample.path for sample in found.test])
+        found = dataclasses.replace(found, test=tuple(found.test[i] for i in kept))
+        found.check_test()
+    if found.has_masks:
+        masks, known = data.decode_masks(
+            found.test, config.image_size, run / "cache", skip_bad=config.skip_bad
         )
-        train, kept = decode(found.train)
-        found = dataclasses.replace(found, train=tuple(found.train[i] for i in kept))
-        test = masks = known = None
-        if found.test:
-            test, kept = decode([sample.path for sample in found.test])
-            found = dataclasses.replace(found, test=tuple(found.test[i] for i in kept))
-            found.check_test()
-        if found.has_masks:
-            masks, known = data.decode_masks(
-                found.test, config.image_size, run / "cache", skip_bad=config.skip_bad
-            )
-        if not (run / "config.json").exists():
-            content = dataclasses.asdict(config) | {"data": str(root)} | versions()
-            evaluation.write_file(run / "config.json", json.dumps(content, indent=2).encode())
-    except BaseException:
-        if not existed:
-            shutil.rmtree(run, ignore_errors=True)
-        raise
+    if not (run / "config.json").exists():
+        content = dataclasses.asdict(config) | {"data": str(root)} | versions()
+        write_file(run / "config.json", json.dumps(content, indent=2).encode())
     return Images(found, train, test, masks, known)
 
 
@@ -736,7 +731,7 @@ def main_job(config: Config, run: Path) -> None:
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     if images.test is None:
         content = json.dumps(extra, indent=2).encode()
-        evaluation.write_file(run / "results.json", content)
+        write_file(run / "results.json", content)
         say(f"no test images: score some with  python eval.py {run} --score FILES")
         return
     evaluation.evaluate(
@@ -778,8 +773,8 @@ def train_igd(
         [(row * 255).byte().cpu().numpy() for row in rows]
         for rows in (x, x_tilde, (x - x_tilde).abs())
     ]
-    grid = evaluation.image_grid(cells, rows=("image", "reconstruction", "difference"), title="IGD")
-    evaluation.write_file(run / "figures" / "reconstruction_igd.png", evaluation.png(grid))
+    grid = image_grid(cells, rows=("image", "reconstruction", "difference"), title="IGD")
+    write_file(run / "figures" / "reconstruction_igd.png", png(grid))
     return igd
 
 
@@ -808,22 +803,27 @@ def figures(images: Images, config: Config, run: Path) -> None:
     cells = [[(column[i] * 255).byte().numpy() for column in columns] for i in range(len(x))]
     names = [f"A_{n}: {n} lesion{'s' * (n != 1)}" for n in range(config.classes)]
     grid = image_grid(cells, columns=names, title="MedMix")
-    evaluation.write_file(run / "figures" / "medmix.png", png(grid))
+    write_file(run / "figures" / "medmix.png", png(grid))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, 2 for a mistake of the user's (one line), 130 when interrupted."""
-    run = None
+    run, existed = None, True
     try:
         given, resume = parse(argv)
         join_processes()
         config, run = from_first_process(lambda: resolve(given, resume))
+        existed = run.exists()
         main_job(config, run)
     except (ValueError, OSError, FloatingPointError) as error:
+        if run and not existed and not (run / "checkpoint.pt").exists():
+            shutil.rmtree(run, ignore_errors=True)  # nothing in it is worth keeping
         print("pmsacl.py:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with  python pmsacl.py --resume {run}", file=sys.stderr)
+        begun = run and (run / "config.json").exists()
+        print(f"\ninterrupted; go on with  python pmsacl.py --resume {run}" if begun else
+              "\ninterrupted", file=sys.stderr)  # fmt: skip
         return 130
     return 0
 
