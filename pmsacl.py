@@ -294,14 +294,13 @@ def class_views(
     x:       (B, 3, S, S) in [0, 1].
     returns: views (N, 3, S, S), class ids n (N,), pair ids (N,); N = 2 A B.
     """
-    strong = []
-    for k in range(config.classes):
-        ids = torch.full((len(x),), k, device=x.device)
-        strong.append(medmix.medmix(x, ids, generator)[0] if k else x)
-    x_n = torch.cat(strong).repeat_interleave(2, dim=0)  # (N, 3, S, S)
-    n = torch.arange(config.classes, device=x.device).repeat_interleave(2 * len(x))
-    pair = torch.arange(len(n), device=x.device) ^ 1
-    return medmix.weak(x_n, generator, preset=config.weak), n, pair
+    n = torch.arange(config.classes, device=x.device).repeat_interleave(len(x))  # (A B,)
+    x_n, _ = medmix.medmix(x, n, generator)  # (A B, 3, S, S), class by class
+    views = x_n.new_empty(2 * len(x_n), *x.shape[1:])
+    for view in (0, 1):
+        medmix.weak(x_n, generator, preset=config.weak, out=views[view::2])
+    n = n.repeat_interleave(2)  # (N,)
+    return views, n, torch.arange(len(n), device=x.device) ^ 1
 
 
 def loss_terms(
@@ -413,7 +412,7 @@ class Pretraining:
         self.spread = 0.0  # of z at the start
 
     def draws(self, *purpose: int) -> torch.Generator:
-        return generator(self.config.seed, *purpose, device=self.device)
+        return generator(self.config.seed, *purpose)
 
     def batch_of(self, indices: np.ndarray) -> Tensor:
         return to_unit(self.images[np.sort(indices)], self.device)  # in the order of the file

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(*key: int) -> torch.Generator:
     """A generator that depends on all the numbers of `key` and how many: seed, purpose, step ...
 
-    A step's draws need no history, so a resumed run draws what an unbroken one would have.
+    A step's draws need no history, so a resumed run draws what an unbroken one would have. It
+    draws on the CPU, whatever the training runs on.
     """
     seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 def autocast(device: torch.device) -> torch.autocast:
