@@ -9,6 +9,7 @@ N images, S pixels a side. Images are uint8 (3, S, S) RGB, masks uint8 or bool (
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -407,6 +408,25 @@ def decode_masks(
     )
     known = [(s.label == 0 or s.mask is not None) and i not in bad for i, s in enumerate(samples)]
     return masks, np.array(known, dtype=bool)
+
+
+def decode_test(
+    dataset: Dataset, size: int, cache_dir: str | Path, *, skip_bad: bool = False
+) -> tuple[Dataset, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The test split: what `decode` and `decode_masks` make of it, one row a sample.
+
+    skip_bad: leave unreadable images out of the data set that is returned.
+    returns:  dataset, images (N, 3, S, S), masks (N, S, S) and known (N,), or None where no
+              image has a mask.
+    raises:   ValueError as both, or if only one class is left.
+    """
+    paths = [sample.path for sample in dataset.test]
+    images, kept = decode(paths, size, cache_dir, skip_bad=skip_bad)
+    dataset = dataclasses.replace(dataset, test=tuple(dataset.test[i] for i in kept))
+    dataset.check_test()
+    if not dataset.has_masks:
+        return dataset, images, None, None
+    return dataset, images, *decode_masks(dataset.test, size, cache_dir, skip_bad=skip_bad)
 
 
 def _cached(

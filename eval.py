@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 import data
@@ -33,7 +32,7 @@ from figures import (
     png,
     source_of,
 )
-from run import Parser, write_file
+from run import Parser, pick_device, write_file
 from tables import write_results, write_scores
 
 Array = NDArray[Any]
@@ -505,11 +504,7 @@ def load_run(run: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], di
         raise ValueError(
             f"{run}: no finished run here (config.json and detector.pt are looked for)"
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {device}")
-    loaded = [load_detector(file, device) for file in files]
+    loaded = [load_detector(file, pick_device(device)) for file in files]
     return config, _read_json(run / "results.json"), {type(d).__name__.lower(): d for d in loaded}
 
 
@@ -521,7 +516,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def evaluate_run(
-    run: Path, root: Path | None, *, paper_protocol: bool, batch: int, device: str
+    run: Path,
+    root: Path | None,
+    *,
+    paper_protocol: bool,
+    skip_bad: bool,
+    batch: int,
+    device: str,
 ) -> dict[str, Any]:
     """Evaluate a run again, on its own data set (root None) or another one.
 
@@ -533,11 +534,12 @@ def evaluate_run(
         raise ValueError(f"--data is needed: {run / 'config.json'} names no data set")
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
     dataset = data.discover(root, seed=seed)
-    dataset.check_test()
-    images, _ = data.decode([s.path for s in dataset.test], size, run / "cache")
-    masks, known = None, None
-    if dataset.has_masks:
-        masks, known = data.decode_masks(dataset.test, size, run / "cache")
+    if not dataset.test:
+        raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
+    dataset.check_test()  # before anything is written
+    dataset, images, masks, known = data.decode_test(
+        dataset, size, run / "cache", skip_bad=skip_bad or bool(config.get("skip_bad"))
+    )
     extra = {}
     for name, value in old.items():
         is_row = isinstance(value, dict) and "image_auroc" in value
@@ -551,7 +553,9 @@ def evaluate_run(
     )  # fmt: skip
 
 
-def score_files(run: Path, paths: Sequence[Path], *, batch: int, device: str) -> None:
+def score_files(
+    run: Path, paths: Sequence[Path], *, skip_bad: bool, batch: int, device: str
+) -> None:
     """Print a line for each new image and write its heat map beside it, as NAME.heatmap.png.
 
     raises: ValueError, before anything is written, if an image cannot be read, a heat map would
@@ -569,9 +573,10 @@ def score_files(run: Path, paths: Sequence[Path], *, batch: int, device: str) ->
     scales = {name: results[name]["map_scale"] for name in found}
     note = "Scale from dark to bright: "
     note += ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items())
-    files = list(targets)
     with tempfile.TemporaryDirectory() as cache:
-        images, _ = data.decode(files, int(config["image_size"]), Path(cache))
+        size = int(config["image_size"])
+        images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
+        files = [list(targets)[i] for i in kept]
         for k in range(0, len(files), batch):
             block = np.array(images[k : k + batch])
             given = {name: detector.score(block) for name, detector in found.items()}
@@ -606,9 +611,10 @@ def _image_files(path: Path) -> list[Path]:
 
 def _heatmap_files(files: Sequence[Path]) -> dict[Path, Path]:
     """The heat map's path of each image: NAME without its ending, unless two share that."""
+    files = list(dict.fromkeys(files))  # a file given twice is scored once
     stems = [file.with_suffix("") for file in files]
     targets = {}
-    for file, stem in zip(dict.fromkeys(files), stems, strict=False):
+    for file, stem in zip(files, stems, strict=True):
         name = file.stem if stems.count(stem) == 1 else file.name
         targets[file] = target = file.with_name(f"{name}.heatmap.png")
         if target.exists() and source_of(target) != file.name:
@@ -624,6 +630,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=Path, help="data set to evaluate on (default: the run's own)")
     add("--score", type=Path, nargs="+", metavar="PATH", help="new images, or folders of them")
     add("--paper-protocol", action="store_true", help="also measure what sets the thresholds")
+    add("--skip-bad", action="store_true", help="leave unreadable files out")
     add("--batch-size", type=int, default=DEFAULT.batch_size, help="images at a time")
     add("--device", default=DEFAULT.device, help="auto, cpu or cuda")
     args = parser.parse_args(argv)
@@ -632,13 +639,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--score goes with neither --data nor --paper-protocol")
         if args.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
+        how = {"skip_bad": args.skip_bad, "batch": args.batch_size, "device": args.device}
         if args.score:
-            score_files(args.run, args.score, batch=args.batch_size, device=args.device)
+            score_files(args.run, args.score, **how)
         else:
-            evaluate_run(
-                args.run, args.data, paper_protocol=args.paper_protocol,
-                batch=args.batch_size, device=args.device,
-            )  # fmt: skip
+            evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **how)
             print((args.run / "results.md").read_text(), end="")
     except (ValueError, OSError) as error:
         print("eval.py:", str(error).replace("\n", " "), file=sys.stderr)

@@ -15,7 +15,6 @@ Sizes: B images of a batch, A classes, N = 2 A B views, Z features, S pixels a s
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -49,6 +48,7 @@ from run import (
     gather,
     generator,
     join_processes,
+    pick_device,
     ranks,
     save_atomically,
     say,
@@ -612,11 +612,7 @@ def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     if preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     start = {} if given.get("data") else {"init": "random"}  # nothing to learn from ImageNet there
-    device = given.get("device", "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (device == "cpu" or device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {device!r}")
+    device = pick_device(given.get("device", "auto"))
     settled = {"preset": preset, "device": device, "out": str(run)}
     return Config(**(start | PRESETS[preset] | given | settled)), run
 
@@ -657,20 +653,12 @@ def prepare(config: Config, run: Path) -> Images:
     if not config.data:
         phantom.draw(root, size=config.image_size)
     found = data.discover(root, seed=config.seed)
-    decode = functools.partial(
-        data.decode, size=config.image_size, cache_dir=run / "cache", skip_bad=config.skip_bad
-    )
-    train, kept = decode(found.train)
+    size, cache = config.image_size, run / "cache"
+    train, kept = data.decode(found.train, size, cache, skip_bad=config.skip_bad)
     found = dataclasses.replace(found, train=tuple(found.train[i] for i in kept))
     test = masks = known = None
     if found.test:
-        test, kept = decode([sample.path for sample in found.test])
-        found = dataclasses.replace(found, test=tuple(found.test[i] for i in kept))
-        found.check_test()
-    if found.has_masks:
-        masks, known = data.decode_masks(
-            found.test, config.image_size, run / "cache", skip_bad=config.skip_bad
-        )
+        found, test, masks, known = data.decode_test(found, size, cache, skip_bad=config.skip_bad)
     if not (run / "config.json").exists():
         content = dataclasses.asdict(config) | {"data": str(root)} | versions()
         write_file(run / "config.json", json.dumps(content, indent=2).encode())

@@ -30,6 +30,15 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def pick_device(name: str) -> str:
+    """auto: the GPU if there is one.   raises: ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {name}")
+    return name
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is many times slower."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
