@@ -64,6 +64,7 @@ def weak(
     *,
     preset: str = "simclr",
     min_area: float | None = None,
+    strength: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """SimCLR's augmentation: crop and resize, flip, colour jitter, grey, blur.  [P!§4.2 R16]
@@ -74,6 +75,7 @@ def weak(
     x:        (B, 3, S, S) float in [0, 1].
     preset:   "simclr", or "ccd" for the strengths in the authors' earlier code.
     min_area: smallest crop, share of the image; None for the preset's (0.08, or 0.2).
+    strength: factor of the preset's colour jitter, 0 or above.
     out:      (B, 3, S, S) to write into, not x: at 256 px new memory costs a tenth of the time.
     returns:  (B, 3, S, S) in [0, 1].
     raises:   ValueError for an unknown preset, a min_area outside (0, 1], other shapes.
@@ -88,7 +90,8 @@ def weak(
     b = len(x)
     box = crop_boxes(b, side, generator, area)  # (B, 4)
     flip = _rand(generator, b) < 0.5
-    op, value = jitter_steps(b, generator, w.jitter, _rand(generator, b) < w.jitter_p)  # (B, 4)
+    jitter = [s * strength for s in w.jitter]
+    op, value = jitter_steps(b, generator, jitter, _rand(generator, b) < w.jitter_p)  # (B, 4)
     greyed, blurred = _rand(generator, b, 1) < w.grey_p, _rand(generator, b, 1) < w.blur_p
     finish = (greyed | blurred) * (4 + greyed + 2 * blurred)  # (B, 1) which of STEPS
     op, value = torch.cat([op, finish], 1), torch.cat([value, _uniform(generator, *SIGMA, b, 1)], 1)

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import baselines
 import data
 import detectors
 import eval as evaluation
@@ -58,6 +59,7 @@ from run import (
 )
 
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order
+CENTRED = {"ctr", "pmsacl"}  # the terms that need the centres of eq. 2
 
 
 def _option(default: Any, text: str) -> Any:
@@ -71,6 +73,8 @@ class Config:
     data: str = _option("", "folder of images (default: phantom images are drawn)")
     out: str = _option("", "run folder (default: the next free runs/NAME)")
     preset: str = _option("", "paper (default with --data) or quick (what a CPU can finish)")
+    method: str = _option("pmsacl", "the pre-training, one of Table 9's           [P:Tab.9]")
+    strong: str = _option("medmix", "strong augmentation, one of Fig. 6's         [P:Fig.6]")
     terms: str = _option("ctr,pmsacl,aug", "of eq. 1, comma-separated          [P!(1) R13]")
     local_terms: str = _option("ctr,pmsacl,aug,pos", "for 32 px patches       [P!(9) R13]")
     classes: int = _option(4, "|A|: 0 to |A| - 1 lesions                         [P!§3.1 R1]")
@@ -79,8 +83,13 @@ class Config:
     positive_scale: str = _option("kappa", "kappa, tau or a number               [P!(5) R2]")
     features: str = _option("unit", "unit or raw                                 [P!(3) R20]")
     centre_weight: float = _option(1.0, "factor of l_ctr                         [P!(1) R20]")
+    centres: str = _option("untrained", "one of Table 10's                       [P:Tab.10]")
+    warmup_epochs: int = _option(0, "before the centres and what needs them      [P!(2) R20]")
     aug_head: str = _option("backbone", "f_beta sees the backbone or projection  [P!(8) R17]")
     weak: str = _option("simclr", "weak augmentation: simclr or ccd              [P!§4.2 R16]")
+    crop_area: float = _option(0.0, "its smallest crop; 0: as --weak has it      [P!§4.2 R16]")
+    jitter: float = _option(1.0, "factor of its colour jitter                    [P!§4.2 R16]")
+    lesion_area: str = _option("0.005,0.08", "least and most of the image       [P!§4.2 R12]")
     init: str = _option("auto", "auto, imagenet, random or a FILE                [P!§4.2 R14]")
     epochs: int = _option(2000, "passes over the images                          [P!§4.2 R15]")
     batch_size: int = _option(32, "images; views are 2 |A| times as many         [P:§4.2]")
@@ -101,6 +110,9 @@ class Config:
     def __post_init__(self) -> None:
         choices = {
             "preset": ("", *PRESETS),
+            "method": tuple(baselines.METHODS),
+            "strong": tuple(medmix.STRONG),
+            "centres": ("untrained", "random", "equidistant", "re-estimated"),
             "features": ("unit", "raw"),
             "aug_head": ("backbone", "projection"),
             "weak": ("simclr", "ccd"),
@@ -110,16 +122,14 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise _bad(self, name, f"one of {', '.join(filter(None, allowed))}")
-        for name in ("terms", "local_terms"):
-            if not set(getattr(self, name).split(",")) <= set(TERMS):
-                raise _bad(self, name, f"a comma-separated list out of {', '.join(TERMS)}")
         for name in ("tau", "alpha", "lr", "lr_end", "local_lr"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise _bad(self, name, "above 0")
-        for name in ("centre_weight", "momentum", "weight_decay"):
+        for name in ("centre_weight", "jitter", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise _bad(self, name, "0 or above")
-        least = {"classes": 1, "epochs": 1, "batch_size": 2, "seed": 0, "igd_epochs": 1}
+        least = {"classes": 1, "warmup_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0}
+        least |= {"igd_epochs": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise _bad(self, name, f"{lowest} or above")
@@ -127,7 +137,30 @@ class Config:
             raise _bad(self, "image_size", "a multiple of 32, 32 or above")
         if self.local == "yes" and self.image_size < 64:
             raise _bad(self, "local", f"no at --image-size {self.image_size}")
+        if not 0 <= self.crop_area <= 1:
+            raise _bad(self, "crop_area", "from 0 to 1")
+        _check_method(self)
         positive_scale(self)  # a word or a number
+        lesion_area(self)  # two numbers
+
+
+def _check_method(config: Config) -> None:
+    """raises: ValueError if terms, warm-up or start weights do not go with the method."""
+    for name in ("terms", "local_terms"):
+        terms = set(getattr(config, name).split(","))
+        own = baselines.METHODS[config.method].get(name, ",".join(TERMS)).split(",")
+        if not terms <= set(own):
+            wanted = f"a comma-separated list out of {', '.join(own)} (--method {config.method})"
+            raise _bad(config, name, wanted)
+        if config.warmup_epochs and (config.warmup_epochs >= config.epochs or terms <= CENTRED):
+            wanted = (
+                f"below --epochs, and --{name.replace('_', '-')} with one that needs no centres"
+            )
+            raise _bad(config, "warmup_epochs", wanted)
+    if config.method == "random" and config.init != "random":
+        raise _bad(config, "init", "random for --method random")
+    if config.method == "imagenet" and config.init in ("random", "auto"):
+        raise _bad(config, "init", "imagenet or a FILE for --method imagenet")
 
 
 def _bad(config: Config, name: str, wanted: str) -> ValueError:
@@ -154,6 +187,25 @@ def positive_scale(config: Config) -> str | float:
         return float(config.positive_scale)
     except ValueError:
         raise _bad(config, "positive_scale", "kappa, tau or a number") from None
+
+
+AS_PRINTED = {  # what the paper prints, in place of our defaults for R2, R17 and R20
+    "positive_scale": "0.5",
+    "aug_head": "projection",
+    "features": "raw",
+    "centre_weight": 1.0,
+}
+
+
+def lesion_area(config: Config) -> tuple[float, float]:
+    """The least and the most area of a lesion's box, shares of the image.   [P!§4.2 R12]"""
+    try:
+        low, high = map(float, config.lesion_area.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not 0 < low <= high <= 1:
+        raise _bad(config, "lesion_area", "two numbers, 0 < least <= most <= 1, as in 0.005,0.08")
+    return low, high
 
 
 # --- section 3.2, in its order -----------------------------------------------------------------
@@ -284,6 +336,17 @@ def crop(x: Tensor, corner: Tensor) -> Tensor:
     return x[batch, channel, rows, columns]
 
 
+def strong_set(config: Config) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A_n of --strong: (images, class ids, generator) -> images and masks.   [P:§4.7.2]"""
+    augment: Callable[..., tuple[Tensor, Tensor]] = medmix.STRONG[config.strong]
+    if config.strong == "rotation":
+        return functools.partial(augment, classes=config.classes)
+    if config.strong in ("medmix", "cutout", "cutmix"):
+        low, high = lesion_area(config)
+        return functools.partial(augment, min_area=low, max_area=high)
+    return augment
+
+
 def class_views(
     x: Tensor, config: Config, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,10 +358,16 @@ def class_views(
     returns: views (N, 3, S, S), class ids n (N,), pair ids (N,); N = 2 A B.
     """
     n = torch.arange(config.classes, device=x.device).repeat_interleave(len(x))  # (A B,)
-    x_n, _ = medmix.medmix(x, n, generator)  # (A B, 3, S, S), class by class
+    x_n, _ = strong_set(config)(x, n, generator)  # (A B, 3, S, S), class by class
     views = x_n.new_empty(2 * len(x_n), *x.shape[1:])
+    a_0 = functools.partial(
+        medmix.weak,
+        preset=config.weak,
+        min_area=config.crop_area or None,
+        strength=config.jitter,
+    )
     for view in (0, 1):
-        medmix.weak(x_n, generator, preset=config.weak, out=views[view::2])
+        a_0(x_n, generator, out=views[view::2])
     n = n.repeat_interleave(2)  # (N,)
     return views, n, torch.arange(len(n), device=x.device) ^ 1
 
@@ -314,12 +383,15 @@ def loss_terms(
 ) -> dict[str, Tensor]:
     """The terms of l = l_ctr + l_PMSACL + l_aug + l_pos that `terms` names.   [P:(1)]
 
+    Other methods have con (NT-Xent) or sup (SupCon) in place of the first two: baselines.py.
+
     x:       (B, 3, S, S) in [0, 1].
-    c:       (A, Z) frozen centres.
+    c:       (A, Z) frozen centres; empty during the warm-up, and the terms that need them wait.
     local:   train on 32 px patches of x instead of x.
     returns: name -> scalar, in the order of eq. 1; their sum is the loss.
     """
     names = (config.local_terms if local else config.terms).split(",")
+    names = [name for name in names if len(c) or name not in CENTRED]
     terms: dict[str, Tensor] = {}
     pairs = patch_pairs(x, generator) if local or "pos" in names else None
     views, n, pair = class_views(pairs[0] if local and pairs else x, config, generator)
@@ -329,8 +401,9 @@ def loss_terms(
     z = z.float()
     if "ctr" in names:
         terms["ctr"] = config.centre_weight * multi_centring_loss(z, n, c)
-    if "pmsacl" in names:
+    if {"pmsacl", "con", "sup"} & set(names):
         z_all, n_all, pair_all, rows = gather(z, n, pair)
+    if "pmsacl" in names:
         terms["pmsacl"] = contrastive_loss(
             z_all,
             n_all,
@@ -340,6 +413,12 @@ def loss_terms(
             alpha=config.alpha,
             positive_scale=positive_scale(config),
             rows=rows,
+        )
+    if "con" in names:
+        terms["con"] = baselines.nt_xent(z_all, pair_all, tau=config.tau, rows=rows)
+    if "sup" in names:
+        terms["sup"] = baselines.supervised_contrastive(
+            z_all, n_all, pair_all, tau=config.tau, rows=rows
         )
     if "aug" in names:
         terms["aug"] = augmentation_loss(logits.float(), n)
@@ -355,6 +434,7 @@ def loss_terms(
 
 HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pretext task
 SAVE_EVERY = 60.0  # seconds between checkpoints
+RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -388,7 +468,8 @@ class Pretraining:
             )
         self.global_batch = self.batch * world
         self.steps = len(self.trained) // self.global_batch  # an epoch; no partial batch
-        self.total = self.steps * config.epochs
+        self.total = 0 if config.method in baselines.UNTRAINED else self.steps * config.epochs
+        self.names = set((config.local_terms if local else config.terms).split(","))
 
         self.encoder = Encoder(
             classes=config.classes,
@@ -406,7 +487,7 @@ class Pretraining:
             weight_decay=config.weight_decay,
         )
         self.step_done = 0
-        self.c = torch.zeros(0)  # (A, Z)
+        self.c = torch.zeros(0)  # (A, Z) once the warm-up is over
         self.log: list[dict[str, float]] = []  # a row an epoch
         self.sums: dict[str, float] = {}  # of each loss term in the epoch under way
         self.spread = 0.0  # of z at the start
@@ -417,16 +498,28 @@ class Pretraining:
     def batch_of(self, indices: np.ndarray) -> Tensor:
         return to_unit(self.images[np.sort(indices)], self.device)  # in the order of the file
 
-    def start(self) -> None:
-        """The centres of eq. 2, and how far z is spread before any training."""
+    def centres_due(self) -> bool:
+        """Right after the warm-up, and every 5 epochs if re-estimated.   [P:§4.7.5]"""
+        late = self.step_done - self.config.warmup_epochs * self.steps
+        again = late > 0 and late % (RE_ESTIMATE * self.steps) == 0
+        return bool(CENTRED & self.names) and (
+            late == 0 or again and self.config.centres == "re-estimated"
+        )
+
+    def centres(self) -> Tensor:
+        """c (A, Z) of eq. 2, or Table 10's random or equidistant unit vectors.   [P!(2) R5 R20]"""
+        if self.config.centres in ("random", "equidistant"):
+            width = self.encoder.f_gamma.in_features
+            c = torch.randn(width, self.config.classes, generator=generator(self.config.seed, 8))
+            c = torch.linalg.qr(c).Q if self.config.centres == "equidistant" else c / c.norm(dim=0)
+            return c.T.contiguous().to(self.device)
         chunks = np.array_split(self.trained, self.steps)
 
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             for i, chunk in enumerate(data.progress(chunks, len(chunks), "class centres")):
                 yield self.views_of(chunk, self.draws(3, i))
 
-        self.c = class_centres(self.encoder, views())
-        self.spread = self.health()["spread"]
+        return class_centres(self.encoder, views())
 
     def views_of(self, indices: np.ndarray, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         x = self.batch_of(indices)
@@ -439,17 +532,21 @@ class Pretraining:
         """Is the pretext task learned, or has eq. 3 collapsed?   [P!(3) R20]
 
         returns: spread, the mean standard deviation of z; distance, the mean distance between
-                 class means; accuracy of f_beta; on held-back images, in evaluation mode.
+                 class means if there are several; accuracy of f_beta if eq. 8 trains it; on
+                 held-back images, in evaluation mode.
         """
         self.encoder.eval()
         views, n = self.views_of(self.watched, self.draws(4))
         z, h = self.encoder.embed(views)
-        accuracy = (self.encoder.aug_logits(z, h).argmax(dim=1) == n).float().mean()
-        means = torch.stack([z[n == k].mean(dim=0) for k in n.unique()])  # (A, Z)
-        distance = torch.pdist(means).mean() if len(means) > 1 else torch.zeros(())
         self.encoder.train()
-        spread = z.std(dim=0).mean()
-        return {"spread": float(spread), "distance": float(distance), "accuracy": float(accuracy)}
+        found = {"spread": float(z.std(dim=0).mean())}
+        if self.config.classes > 1:
+            means = torch.stack([z[n == k].mean(dim=0) for k in n.unique()])  # (A, Z)
+            found["distance"] = float(torch.pdist(means).mean())
+            if "aug" in self.names:
+                right = self.encoder.aug_logits(z, h).argmax(dim=1) == n
+                found["accuracy"] = float(right.float().mean())
+        return found
 
     def step(self) -> dict[str, float]:
         """One step of SGD on the loss of eq. 1; the value of each term before it.
@@ -457,6 +554,8 @@ class Pretraining:
         raises: FloatingPointError when a term is not finite, before the weights are touched.
         """
         config = self.config
+        if self.centres_due():
+            self.c = self.centres()
         epoch, position = divmod(self.step_done, self.steps)
         shuffled = np.random.default_rng([config.seed, 5, epoch]).permutation(self.trained)
         first = position * self.global_batch + self.rank * self.batch
@@ -538,8 +637,8 @@ def pretrain(
     training = Pretraining(images, config, local=local)
     if path.exists():
         training.load(path)
-    else:
-        training.start()
+    elif training.total:
+        training.spread = training.health()["spread"]
     meter = Meter(training.step_done, training.total, training.global_batch, training.device)
     saved = time.monotonic()
     while training.step_done < training.total:
@@ -577,12 +676,15 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         else:
             default = f" (default: {field.default})" if field.default != "" else ""
             parser.add_argument(option, type=kind, help=field.metadata["help"] + default)
+    parser.add_argument("--as-printed", action="store_true", help=f"as the paper: {AS_PRINTED}")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="go on with this run (default: --out)"
     )
     given = {
         name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
     }
+    if given.pop("as_printed"):
+        given = AS_PRINTED | given
     return given, given.pop("resume", None)
 
 
@@ -595,9 +697,9 @@ def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     file = run / "config.json"
     if resume is not None and file.exists():
         saved = json.loads(file.read_text())
-        saved = {name: saved[name] for name in Config.__dataclass_fields__}
+        saved = {name: saved[name] for name in Config.__dataclass_fields__ if name in saved}
         for name, value in given.items():
-            if name not in ("out", "device") and value != saved[name]:
+            if name not in ("out", "device") and value != saved.get(name, value):
                 option = "--" + name.replace("_", "-")
                 raise ValueError(
                     f"{run} was begun with {option} {saved[name]}, not {value}: leave the option "
@@ -608,13 +710,22 @@ def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
         raise ValueError(f"--resume {resume}: no such run")
     elif run.exists() and any(run.iterdir()) and resume is None:
         raise ValueError(f"--out {run}: exists; add --resume to go on with it, or name another")
+    return settle(given | {"out": str(run)}), run
+
+
+def settle(given: dict[str, Any]) -> Config:
+    """The given options over those that --method sets, and these over the preset's.
+
+    raises: ValueError if an option is impossible.
+    """
     preset = given.get("preset") or ("paper" if given.get("data") else "quick")
     if preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     start = {} if given.get("data") else {"init": "random"}  # nothing to learn from ImageNet there
     device = pick_device(given.get("device", "auto"))
-    settled = {"preset": preset, "device": device, "out": str(run)}
-    return Config(**(start | PRESETS[preset] | given | settled)), run
+    method = baselines.METHODS.get(given.get("method", Config.method), {})
+    settled = {"preset": preset, "device": device}
+    return Config(**(start | PRESETS[preset] | method | given | settled))
 
 
 def default_run(source: str, newest: bool) -> Path:
@@ -774,23 +885,26 @@ def plan(config: Config, images: Images, run: Path) -> str:
         f"{dataset.root}: {dataset.layout}; {len(dataset.train)} healthy training images, "
         f"{len(dataset.test) - abnormal} normal and {abnormal} abnormal test images, "
         f"{masks} masks\n"
-        f"{config.preset}: {config.classes} classes, {config.epochs} epochs, batches of "
+        f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
+        "batches of "
         f"{config.batch_size} images ({2 * config.classes * config.batch_size} views) at "
         f"{config.image_size} px on {config.device}; results go to {run}"
     )
 
 
 def figures(images: Images, config: Config, run: Path) -> None:
-    """figures/medmix.png: training images under A_0 .. A_n, as in Fig. 2.   [P:§3.1]"""
+    """figures/medmix.png, or the name of --strong: images under A_0 .. A_n.   [P:Fig.2]"""
     x = to_unit(images.train[: max(2, min(5, len(images.train)))], "cpu")
-    draws = generator(config.seed, 7)
+    draws, augment = generator(config.seed, 7), strong_set(config)
     columns = [x] + [
-        medmix.medmix(x, torch.full((len(x),), n), draws)[0] for n in range(1, config.classes)
+        augment(x, torch.full((len(x),), n), draws)[0] for n in range(1, config.classes)
     ]
     cells = [[(column[i] * 255).byte().numpy() for column in columns] for i in range(len(x))]
-    names = [f"A_{n}: {n} lesion{'s' * (n != 1)}" for n in range(config.classes)]
-    grid = image_grid(cells, columns=names, title="MedMix")
-    write_file(run / "figures" / "medmix.png", png(grid))
+    names = [f"A_{n}" for n in range(config.classes)]
+    if config.strong in ("medmix", "cutout", "cutmix"):
+        names = [f"{name}: {n} lesion{'s' * (n != 1)}" for n, name in enumerate(names)]
+    grid = image_grid(cells, columns=names, title=config.strong)
+    write_file(run / "figures" / f"{config.strong}.png", png(grid))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

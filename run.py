@@ -72,9 +72,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    """A CSV file of rows with the same keys, numbers to six digits."""
+    """A CSV file of rows, numbers to six digits; a key that a row lacks is left empty."""
     with replacing(path) as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         writer.writeheader()
         writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
 

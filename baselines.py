@@ -1,0 +1,101 @@
+"""The pre-trainings that Table 9 compares with: the settings of each, and the losses they add.
+
+Each is pmsacl.py's loop with its own strong set and its own loss, z = f_theta of a weak view:
+
+    simclr   Chen et al. 2020       no strong set    NT-Xent                        [S:(1)]
+    rotnet   Gidaris et al. 2018    rotation         class of the strong set        [RN:§3.1]
+    csi      Tack et al. 2020       rotation         NT-Xent + class                [CSI:§2.2]
+    droc     Sohn et al. 2021       rotation         NT-Xent                        [DROC:§2]
+    supcon   Khosla et al. 2020     MedMix           supervised contrastive         [SC:(2)]
+    ccd      Tian et al. 2021       permutation      NT-Xent + class + position     [CCD:§2]
+
+"Class" is the cross-entropy of eq. 8, "position" that of eq. 9; both are in pmsacl.py. NT-Xent
+over the views of a strong set takes every strong image for another instance, so that shifted
+copies of an image repel it; over plain images it is SimCLR. It is eq. 5 with alpha = 1 and centres
+at 0, and so runs on eq. 5's kernels. `imagenet` and `random` are start weights without training.
+
+Not here: the papers' anomaly scores (Table 9 puts PaDiM on all of them), LARS, queues and large
+batches, CSI's and DROC's other strong sets.
+
+Sizes: A classes, B images, N = 2 A B views, R of them as queries, Z features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.contrastive import centred_features, contrastive, contrastive_rows
+
+# What a method sets unless the user does; temperatures as in the papers' experiments on small
+# images and in DROC's and CCD's code.
+METHODS: dict[str, dict[str, Any]] = {
+    "pmsacl": {},
+    "ccd": {"strong": "permutation", "terms": "con,aug,pos", "local_terms": "con,aug,pos"},
+    "simclr": {"classes": 1, "terms": "con", "local_terms": "con", "tau": 0.5},
+    "rotnet": {"strong": "rotation", "terms": "aug", "local_terms": "aug"},
+    "csi": {"strong": "rotation", "terms": "con,aug", "local_terms": "con,aug", "tau": 0.5},
+    "droc": {"strong": "rotation", "terms": "con", "local_terms": "con"},
+    "supcon": {"terms": "sup", "local_terms": "sup", "tau": 0.1},
+    "imagenet": {"init": "imagenet"},
+    "random": {"init": "random"},
+}
+UNTRAINED = ("imagenet", "random")
+
+
+def nt_xent(
+    z: Tensor,
+    pair: Tensor,
+    *,
+    tau: float,
+    backend: str = "auto",
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """l = E_i -log [ exp(f_i.f_pair(i) / tau) / sum_{j != i} exp(f_i.f_j / tau) ], f = z / ||z||.
+
+    [S:(1)] over two views of each image; [CSI:§2.2] [DROC:§2] [CCD:§2] over two views of each
+    strong image, where the sum runs over all classes alike.
+
+    z:       (N, Z) features of the views.
+    pair:    (N,) int64, the other weak view of the same strong image.
+    tau:     temperature.
+    rows:    (start, stop): only these views are queries.
+    returns: scalar.
+    """
+    one_class, at_zero = torch.zeros_like(pair), z.new_zeros(1, z.shape[1])
+    return contrastive(
+        z, one_class, pair, at_zero, tau=tau, alpha=1.0, positive_scale="tau", backend=backend,
+        rows=rows,
+    )  # fmt: skip
+
+
+def supervised_contrastive(
+    z: Tensor,
+    n: Tensor,
+    pair: Tensor,
+    *,
+    tau: float,
+    backend: str = "auto",
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """l = E_i -1/|P_i| sum_{p in P_i} log [ exp(f_i.f_p / tau) / sum_{j != i} exp(f_i.f_j / tau) ].
+
+    P_i: the other views of i's class, f = z / ||z||.  [SC:(2)], on MedMix's classes. The mean over
+    P_i moves into the logarithm's numerator, f_i.(sum of f over the class - f_i) / (|P_i| tau), so
+    that no (N, N) matrix is stored: the denominator is eq. 5's with alpha = 1 and centres at 0.
+
+    z, pair: as in `nt_xent`; each view has its pair, so |P_i| >= 1.
+    n:       (N,) int64 class ids.
+    returns: scalar.
+    """
+    one_class, at_zero = torch.zeros_like(pair), z.new_zeros(1, z.shape[1])
+    denominator = contrastive_rows(
+        z, one_class, pair, at_zero, tau=tau, alpha=1.0, positive_scale=0.0, backend=backend,
+        rows=rows,
+    )  # fmt: skip
+    f = centred_features(z.to(denominator.dtype), one_class, at_zero.to(denominator.dtype))
+    sums = f.new_zeros(int(n.max()) + 1, f.shape[1]).index_add(0, n, f)  # (A, Z)
+    positives = (f * (sums[n] - f)).sum(dim=1) / (n.bincount()[n] - 1)  # (N,)
+    return (denominator - positives[slice(*rows) if rows else slice(None)] / tau).mean()
