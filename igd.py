@@ -268,7 +268,7 @@ class IGD:
     critic_weight: float = 0.1  #                                               [I:code]
     gamma: float = 0.2  # share of x in the critic's blend                      [I:code]
     xi_global: float = 0.1  # share of l_rec in the score                       [P:(10)]
-    xi_local: float = 0.9  # the same, local                                    [P:(10)]
+    xi_local: float = 0.9  # the same, of a patch                               [P:(10)]
     heat_map: str = "patch"  # eq. 10 for each patch | "residual", the authors' code
     seed: int = 0
 
@@ -401,9 +401,9 @@ class IGD:
             return (
                 r if name == "global" else fold(r.unflatten(0, (b, -1)), size, self.stride)
             ), scores
-        if name == "global":  # eq. 10 of each patch x_w, by the global model
+        if name == "global":  # eq. 10 of each patch x_w, with the xi of patches
             rec = self.error(name, unfold(x, self.stride), unfold(y_tilde, self.stride))
-            s = anomaly_score(rec.view(b, -1), h[:, None], xi=xi)  # (B, L)
+            s = anomaly_score(rec.view(b, -1), h[:, None], xi=self.xi_local)  # (B, L)
         return fold(s.view(b, -1, 1, 1), size, self.stride), scores
 
     @torch.no_grad()
