@@ -15,6 +15,7 @@ Sizes: B images of a batch, A classes, N = 2 A B views, Z features, S pixels a s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
