@@ -194,7 +194,7 @@ class AutoEncoder(nn.Module):
         for part in (self.linear, self.decoder):
             initialise(part, generator)
         self.register_buffer("mu", torch.zeros(Z))
-        self.register_buffer("sigma2", torch.ones(()))
+        self.register_buffer("sigma2", torch.full((), math.nan))  # until it is fitted
 
     def encode(self, x: Tensor) -> Tensor:
         """f_theta: (B, 3, S, S) in [0, 1] -> z (B, Z)."""
@@ -375,8 +375,11 @@ class IGD:
 
         images:  (B, 3, S, S), uint8 or in [0, 1].
         returns: maps (B, S, S) and scores (B,), float32.
+        raises:  ValueError before fit, or for another shape.
         """
         images = self._checked(images)
+        if any(model.sigma2.isnan() for model in self.models.values()):
+            raise ValueError("IGD has to be fitted or loaded before it scores")
         maps = torch.empty(len(images), *images.shape[2:], device=self.device)
         scores = torch.empty(len(images), device=self.device)
         step = self._at_once(self.image_size)
