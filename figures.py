@@ -1,4 +1,4 @@
-"""Grids, heat maps and outlines, drawn with pillow: figures as the paper's Fig. 3-5.   [P:§4.6]
+"""Grids, heat maps, outlines and charts, drawn with pillow: Fig. 3-7 of the paper.   [P:§4.6]
 
 N images, S pixels a side. Images are (3, S, S) or (S, S, 3) uint8 or PIL's, heat maps (S, S).
 """
@@ -6,6 +6,7 @@ N images, S pixels a side. Images are (3, S, S) or (S, S, 3) uint8 or PIL's, hea
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -191,3 +192,83 @@ def source_of(path: Path) -> str:
             return image.info.get("Source", "") if image.info.get("Software") == "pmsacl" else ""
     except OSError:
         return ""
+
+
+# --- Charts, as Fig. 6 and 7 -------------------------------------------------------------------
+
+BLUE, PALE, GREY = "#1f5fa8", "#8fb4dd", "#777777"
+OTHERS = ("#d9730d", "#2e8b57", "#8e44ad", "#b8860b")
+
+
+def dot_chart(
+    values: Mapping[str, Sequence[float]],
+    printed: Mapping[str, Mapping[str, float | None]],
+    *,
+    title: str,
+    axis: str,
+    note: str = "",
+) -> Image.Image:
+    """A line a row: the mean as a dot with a bar of one standard deviation, others' as diamonds.
+
+    values:  row -> one value a run; "not run" stands where there is none.
+    printed: name of the legend -> row -> value to compare with, four names at most.
+    """
+    font, small, large = (ImageFont.load_default(size) for size in (15, 13, 18))
+    everything = [v for row in values.values() for v in row]
+    spread = {name: float(np.std(row, ddof=1)) for name, row in values.items() if len(row) > 1}
+    ends = [
+        float(np.mean(values[name])) + sign * sd for name, sd in spread.items() for sign in (-1, 1)
+    ]
+    everything += ends + [v for p in printed.values() for v in p.values() if v is not None]
+    low, high = (min(everything), max(everything)) if everything else (0.5, 1.0)
+    step = next((t for t in (0.01, 0.02, 0.05, 0.1) if high - low <= 8 * t), 0.2)
+    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
+    left, width = int(max(font.getlength(name) for name in values)) + 40, 640
+    notes = textwrap.wrap(note, (left + width) // 7)
+    heads = textwrap.wrap(title, (left + width) // 10)
+    top = 70 + 24 * len(heads)
+    bottom = top + 34 * len(values)
+    legend = 330 + sum(44 + int(small.getlength(name)) for name in printed)
+    size = max(left + width + 40, legend), bottom + 60 + 18 * len(notes)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def x_of(value: float) -> float:
+        return left + (value / step - first) / (last - first) * width
+
+    def dot(x: float, y: float, r: int, colour: str) -> None:
+        draw.ellipse((x - r, y - r, x + r, y + r), colour)
+
+    def diamond(x: float, y: float, r: int, colour: str) -> None:
+        draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], colour)
+
+    draw.multiline_text((12, 10), "\n".join(heads), "black", large)
+    x, y = 20.0, top - 38
+    marks = [("mean ± standard deviation", dot, 6, BLUE), ("single runs", dot, 3, PALE)]
+    marks += [(name, diamond, 6, OTHERS[i]) for i, name in enumerate(printed)]
+    for name, mark, r, colour in marks:
+        mark(x, y, r, colour)
+        draw.text((x + 12, y), name, "black", small, anchor="lm")
+        x += 44 + small.getlength(name)
+    for k in range(first, last + 1):
+        draw.line((x_of(k * step), top - 6, x_of(k * step), bottom), "#dddddd")
+        draw.text((x_of(k * step), bottom + 5), f"{k * step:.2f}", "black", small, anchor="ma")
+    draw.text((left + width / 2, bottom + 24), axis, "black", font, anchor="ma")
+    draw.multiline_text((12, bottom + 50), "\n".join(notes), GREY, small)
+    for i, (name, row) in enumerate(values.items()):
+        y = top + 34 * i + 14
+        draw.text((left - 20, y), name, "black", font, anchor="rm")
+        for k, others in enumerate(printed.values()):
+            if (value := others.get(name)) is not None:
+                diamond(x_of(value), y, 6, OTHERS[k])
+        if not row:
+            draw.text((left + 6, y), "not run", GREY, small, anchor="lm")
+            continue
+        mean, sd = float(np.mean(row)), spread.get(name, 0.0)
+        for value in row if name in spread else ():
+            dot(x_of(value), y + 10, 3, PALE)
+        for end in (x_of(mean - sd), x_of(mean + sd)) if name in spread else ():
+            draw.line((x_of(mean), y, end, y), BLUE, 2)
+            draw.line((end, y - 6, end, y + 6), BLUE, 2)
+        dot(x_of(mean), y, 6, BLUE)
+    return sheet

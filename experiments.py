@@ -1,0 +1,377 @@
+"""The paper's ablations, and lists of settings, as commands: each row is some runs of pmsacl.py.
+
+    python experiments.py --table 9 --data ./kvasir --seeds 5
+    python experiments.py --table 5 8 --figure 7 --data ./kvasir --seeds 2 --preset quick
+    python experiments.py --sweep settings.txt --data ./kvasir --epochs 20
+
+Options that are not listed by --help are pmsacl.py's and hold for every run. Finished runs with
+the same settings are reused, also by other tables, and a run that was cut off goes on: give the
+same command again. The tables are written anew after each run, as .md, .csv and .png.
+
+Not here: what a run does (pmsacl.py), its measures (eval.py), the paper's numbers (tables.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+import pmsacl
+from figures import dot_chart, png
+from medmix import STRONG
+from run import Parser, say, write_file
+from tables import PAPER, PAPER_FIGURES
+
+# Rows: the paper's name -> options. Table 8 starts from CCD as its caption has it, with eq. 9's
+# term, and keeps that term, so that a row differs from the one above by what it is called. Its
+# third row keeps eq. 6's centring, which is part of l_PMSACL: without it and kappa, l_PMSACL is
+# CCD's own loss, as a test shows.
+ROWS: dict[str, dict[str, str]] = {
+    "table 5": {"PMSACL": ""},
+    "table 8": {
+        "CCD": "--method ccd",
+        "+ MedMix": "--method ccd --strong medmix",
+        "+ l_PMSACL": "--terms pmsacl,aug,pos --alpha 1",
+        "+ l_ctr": "--terms ctr,pmsacl,aug,pos --alpha 1",
+        "+ kappa(n, m)": "--terms ctr,pmsacl,aug,pos",
+    },
+    "table 9": {
+        "random weights": "--method random --init random",
+        "ImageNet": "--method imagenet --init imagenet",
+        "SimCLR": "--method simclr --classes 1",
+        "Rot-Net": "--method rotnet --strong rotation",
+        "CSI": "--method csi --strong rotation",
+        "DROC": "--method droc --strong rotation",
+        "SupCon": "--method supcon",
+        "CCD": "--method ccd --strong permutation",
+        "PMSACL": "",
+    },
+    "table 10": {
+        "Random Centre": "--centres random",
+        "Equidistant Centre": "--centres equidistant",
+        "Re-estimate Centre": "--centres re-estimated",
+        "Centres from untrained encoder": "",
+    },
+    "figure 6": {name: f"--strong {name}" for name in STRONG},
+    "figure 7": {f"|A| = {k}": f"--classes {k}" for k in range(1, 9)},
+}
+Printed = tuple[str, tuple[str, ...], Mapping[str, Sequence[float | None]]]
+PRINTED: dict[str, Printed] = {f"table {n}": v for n, v in PAPER.items()}
+PRINTED |= {f"figure {n}": v for n, v in PAPER_FIGURES.items()}
+MEASURES = {  # in results.json or log.csv -> heading
+    "image_auroc": "AUC",
+    "specificity": "Specificity",
+    "sensitivity": "Sensitivity",
+    "accuracy": "Accuracy",
+    "pixel_auroc": "pixel AUROC",
+    "aupro": "AUPRO",
+    "pretext": "f_beta's accuracy",
+    "spread": "spread of z",
+    "minutes": "minutes a run",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: its settings and what the runs with them gave."""
+
+    name: str
+    options: str
+    configs: tuple[pmsacl.Config, ...]  # one a seed
+    paper: Mapping[str, float | None]  # heading -> figure
+    results: tuple[Mapping[str, float], ...] = ()  # one a finished run
+    trouble: str = ""
+
+    def value(self, measure: str) -> tuple[float, float | None] | None:
+        """Mean and standard deviation over the seeds: None without a run, and of one run."""
+        values = [result[measure] for result in self.results if measure in result]
+        if not values:
+            return None
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def folder_of(config: pmsacl.Config, out: Path) -> Path:
+    """The run folder with these settings: one that exists, or else the name of a new one."""
+    for file in sorted(out.glob("*/config.json")):
+        if _same(config, json.loads(file.read_text()), file.parent):
+            return file.parent
+    settings = dataclasses.asdict(config) | {"out": "", "device": "", "preset": ""}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return out / f"{_dataset(config)}-{config.method}-{digest}-seed{config.seed}"
+
+
+def _same(config: pmsacl.Config, saved: Mapping[str, Any], folder: Path) -> bool:
+    """Are the settings those of a saved config.json? One that it lacks had its default."""
+    wanted = dataclasses.asdict(config) | {"data": config.data or str(folder / "phantom")}
+    names = wanted.keys() - {"out", "device", "preset"}
+    return all(saved.get(name, getattr(pmsacl.Config, name)) == wanted[name] for name in names)
+
+
+def _dataset(config: pmsacl.Config) -> str:
+    return Path(config.data).name or "phantom"
+
+
+def run(config: pmsacl.Config, out: Path) -> None:
+    """Begin or go on with one run; all share one cache of decoded images."""
+    folder = folder_of(config, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (out / "cache").mkdir(exist_ok=True)
+    if not (folder / "cache").exists():
+        with contextlib.suppress(OSError):  # no links here: each run decodes its own
+            os.symlink(Path("..", "cache"), folder / "cache", target_is_directory=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # its own table
+        pmsacl.main_job(dataclasses.replace(config, out=str(folder)), folder)
+
+
+def result_of(config: pmsacl.Config, out: Path) -> dict[str, float] | None:
+    """MEASURES of a finished run; None if there is none.
+
+    The detector is the one that was asked for, IGD if both were.
+    """
+    folder = folder_of(config, out)
+    if not (folder / "results.json").exists():
+        return None
+    results = json.loads((folder / "results.json").read_text())
+    row = results["padim" if config.detector == "padim" else "igd"]
+    found = {name: row[name] for name in MEASURES if name in row}
+    found["minutes"] = sum(results["seconds"].values()) / 60
+    if (folder / "log.csv").exists():
+        last = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))[-1]
+        found |= {"spread": float(last["spread"])}
+        found |= {"pretext": float(last["accuracy"])} if last.get("accuracy") else {}
+    return found
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def rows_of(name: str, options: Mapping[str, str], given: dict[str, Any], seeds: int) -> list[Row]:
+    """Rows with their settings resolved, so that a mistake shows before anything runs.
+
+    name:    "table 9", "figure 7", or a sweep's.
+    options: row -> its options, over those that were given for all.
+    raises:  ValueError naming the row.
+    """
+    _, columns, printed = PRINTED.get(name, ("", (), {}))
+    rows = []
+    for row, text in options.items():
+        own, _ = pmsacl.parse(shlex.split(text))
+        try:
+            configs = tuple(pmsacl.settle(given | own | {"seed": seed}) for seed in range(seeds))
+        except ValueError as error:
+            raise ValueError(f"{name}, row {row}: {error}") from None
+        figures = printed.get(row, [None] * len(columns))
+        rows.append(Row(row, text, configs, dict(zip(columns, figures, strict=True))))
+    for row in printed.keys() - options.keys():  # Table 5 has the paper's data sets
+        rows.append(Row(f"paper: {row}", "", (), dict(zip(columns, printed[row], strict=True))))
+    return rows
+
+
+def read_sweep(file: Path) -> dict[str, str]:
+    """A setting a line: its name, then options of pmsacl.py; # begins a comment.
+
+    raises: ValueError naming the line.
+    """
+    settings: dict[str, str] = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
+        if not words:
+            continue
+        name, options = words[0], words[1:]
+        if name in settings or name.startswith("-"):
+            what = "is there twice" if name in settings else "is an option: a name comes first"
+            raise ValueError(f"{file}, line {number}: {name} {what}")
+        try:
+            own, resume = pmsacl.parse(options)
+        except SystemExit:
+            raise ValueError(f"{file}, line {number}: the option above") from None
+        if resume is not None or own.keys() & {"out", "seed", "data"}:
+            raise ValueError(f"{file}, line {number}: no --resume, --out, --seed or --data here")
+        settings[name] = shlex.join(options)
+    if not settings:
+        raise ValueError(f"{file}: no settings; a line holds a name and options of pmsacl.py")
+    return settings
+
+
+def filled(rows: Sequence[Row], out: Path) -> list[Row]:
+    """The rows with the results of whatever runs are finished."""
+    found = []
+    for row in rows:
+        results = [result_of(config, out) for config in row.configs]
+        found.append(dataclasses.replace(row, results=tuple(r for r in results if r is not None)))
+    return found
+
+
+def carry_out(name: str, rows: list[Row], out: Path) -> Iterator[list[Row]]:
+    """Run what is missing, all rows of a seed before the next seed; the rows after each run."""
+    seeds = max(len(row.configs) for row in rows)
+    todo = [(i, seed) for seed in range(seeds) for i, row in enumerate(rows) if row.configs]
+    for count, (i, seed) in enumerate(todo, 1):
+        config = rows[i].configs[seed]
+        if result_of(config, out) is None and not rows[i].trouble:
+            say(f"\n{name}: {rows[i].name}, seed {seed} (run {count} of {len(todo)})")
+            try:
+                run(config, out)
+            except (ValueError, OSError, FloatingPointError) as error:
+                say(f"{name}: {rows[i].name} failed: {error}")
+                rows[i] = dataclasses.replace(rows[i], trouble=str(error).replace("\n", " "))
+        yield filled(rows, out)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def headings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """Columns: each measure that a run has (False), and the paper's of that name (True) beside."""
+    columns: list[tuple[str, bool]] = []
+    paper = dict.fromkeys(heading for row in rows for heading in row.paper)
+    for measure, heading in MEASURES.items():
+        ours = measure == "image_auroc" or any(row.value(measure) for row in rows)
+        columns += [(measure, False)] if ours else []
+        columns += [(p, True) for p in paper if p == heading or p.startswith(heading + " ")]
+    return columns
+
+
+def markdown(title: str, rows: Sequence[Row], digits: int) -> str:
+    """The table, our mean ± standard deviation with the paper's figure beside it."""
+    columns = headings(rows)
+    heads = [f"paper: {name}" if paper else MEASURES[name] for name, paper in columns]
+    lines = [["", "seeds", *heads], ["---"] * (2 + len(heads))]
+    for row in rows:
+        cells = []
+        for name, paper in columns:
+            found = row.value(name) if not paper else None
+            if paper:
+                printed = row.paper.get(name)
+                cells.append("" if printed is None else f"{printed:.{digits}f}")
+            elif found:
+                sd = "" if found[1] is None else f" ± {found[1]:.{digits}f}"
+                cells.append(f"{found[0]:.3f}{sd}")
+            else:
+                cells.append("not run" if row.configs and not row.results else "")
+        lines.append([row.name, str(len(row.results)) if row.configs else "", *cells])
+    text = "".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines
+    )
+    notes = [
+        f"- {row.name}: `{row.options or 'no options of its own'}`" for row in rows if row.configs
+    ]
+    notes += [f"- {row.name} failed: {row.trouble}" for row in rows if row.trouble]
+    return (
+        f"# {title}\n\n{text}\nMean ± standard deviation over the seeds.\n\n"
+        + "\n".join(notes)
+        + "\n"
+    )
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line a row: name, options, seeds, mean and deviation of each measure, the paper's."""
+    file, columns = io.StringIO(), headings(rows)
+    writer = csv.writer(file, lineterminator="\n")
+    heads = [[f"paper {n}"] if paper else [f"{n}_mean", f"{n}_sd"] for n, paper in columns]
+    writer.writerow(["row", "options", "seeds", *sum(heads, [])])
+    for row in rows:
+        cells: list[Any] = [row.name, row.options, len(row.results)]
+        for name, paper in columns:
+            cells += [row.paper.get(name)] if paper else row.value(name) or (None, None)
+        writer.writerow(cells)
+    return file.getvalue()
+
+
+def write(name: str, rows: Sequence[Row], given: Mapping[str, Any], out: Path) -> str:
+    """NAME-DATASET-HASH.md, .csv and .png in `out`; the Markdown text."""
+    config = next(row.configs[0] for row in rows if row.configs)
+    shared = {k: v for k, v in given.items() if k not in ("data", "device")}
+    digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:6]
+    stem = f"{name.replace(' ', '')}-{_dataset(config)}-{digest}"
+    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in shared.items()) or "defaults"
+    measured = f"{'PaDiM' if config.detector == 'padim' else 'IGD'} on {_dataset(config)}"
+    title = f"{name.capitalize()}: {measured}"
+    if name in PRINTED:
+        title += f"; paper: {PRINTED[name][0]}"
+    text = markdown(
+        f"{title}\n\nOptions of all rows: `{options}`", rows, 4 if name == "table 5" else 3
+    )
+    write_file(out / f"{stem}.md", text.encode())
+    write_file(out / f"{stem}.csv", as_csv(rows).encode())
+    dots = {r.name: [result["image_auroc"] for result in r.results] for r in rows if r.configs}
+    columns = [column for column, paper in headings(rows) if paper and column.startswith("AUC")]
+    printed = {f"paper: {c}": {r.name: r.paper.get(c) for r in rows} for c in columns}
+    printed = {} if name == "table 5" else printed  # deviations, not values
+    note = f"Options of all rows: {options}"
+    picture = dot_chart(dots, printed, title=title, axis="image AUROC", note=note)
+    write_file(out / f"{stem}.png", png(picture))
+    return text
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, 1 if a row failed, 2 for a mistake of the user's (one line), 130 when interrupted."""
+    parser = Parser(prog="experiments.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    numbers = {
+        kind: [int(n.split()[1]) for n in ROWS if n.startswith(kind)]
+        for kind in ("table", "figure")
+    }
+    parser.add_argument("--table", type=int, nargs="+", default=[], choices=numbers["table"])
+    parser.add_argument("--figure", type=int, nargs="+", default=[], choices=numbers["figure"])
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="a name and options a line")
+    parser.add_argument("--seeds", type=int, default=5, help="runs a row (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder")
+    parser.add_argument("--show", action="store_true", help="run nothing, show what is finished")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        given, resume = pmsacl.parse(rest)
+        if resume is not None or "seed" in given:
+            raise ValueError("neither --resume nor --seed goes here: --seeds N runs 0 to N - 1")
+        if args.seeds < 1:
+            raise ValueError(f"--seeds must be 1 or above, got {args.seeds}")
+        if given.get("data"):
+            data.discover(given["data"]).check_test()
+            given["data"] = str(Path(given["data"]).resolve())
+        wanted = {f"table {n}": ROWS[f"table {n}"] for n in args.table}
+        wanted |= {f"figure {n}": ROWS[f"figure {n}"] for n in args.figure}
+        if args.sweep:
+            wanted[args.sweep.stem] = read_sweep(args.sweep)
+        if not wanted:
+            raise ValueError("nothing to do: name a --table, a --figure or a --sweep")
+        tables = {name: rows_of(name, o, given, args.seeds) for name, o in wanted.items()}
+        failed = False
+        for name, rows in tables.items():
+            text = write(name, filled(rows, args.out), given, args.out)
+            for done in () if args.show else carry_out(name, rows, args.out):
+                text = write(name, done, given, args.out)
+            failed |= any(row.trouble for row in rows)
+            print(text)
+        say(f"tables and charts are in {args.out}")
+    except (ValueError, OSError) as error:
+        print("experiments.py:", str(error).replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

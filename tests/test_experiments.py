@@ -1,0 +1,238 @@
+"""Tables as commands: rows, reuse and resume of runs, what a table and a chart show."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import experiments
+import phantom
+import pmsacl
+import tables
+from figures import dot_chart
+
+OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "phantom"
+    phantom.draw(root, train=8, good=4, abnormal=4, size=32)
+    return root
+
+
+def config(**changes):
+    given = {"data": "/x/kvasir", "device": "cpu", "image_size": 32, "init": "random"}
+    return pmsacl.settle(given | changes)
+
+
+def finished(out: Path, settings: pmsacl.Config, auroc: float, log: str = "") -> Path:
+    """A run folder as the main job leaves it."""
+    folder = experiments.folder_of(settings, out)
+    folder.mkdir(parents=True)
+    content = {f: getattr(settings, f) for f in pmsacl.Config.__dataclass_fields__}
+    (folder / "config.json").write_text(json.dumps(content | {"out": str(folder)}))
+    row = {"image_auroc": auroc, "specificity": 0.5, "sensitivity": 0.6, "accuracy": 0.7}
+    (folder / "results.json").write_text(json.dumps({"padim": row, "seconds": {"pretrain": 90.0}}))
+    if log:
+        (folder / "log.csv").write_text(log)
+    return folder
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_papers_tables_is_a_setting_that_the_main_job_takes():
+    for name, options in experiments.ROWS.items():
+        rows = experiments.rows_of(name, options, {"data": "x", "device": "cpu"}, 2)
+        ours = [row for row in rows if row.configs]
+        assert [row.name for row in ours] == list(options)
+        assert [c.seed for c in ours[0].configs] == [0, 1]
+    for number in (8, 9, 10):
+        assert set(tables.PAPER[number][2]) <= set(experiments.ROWS[f"table {number}"])
+    assert set(tables.PAPER_FIGURES[6][2]) <= set(experiments.ROWS["figure 6"])
+
+
+def test_rows_of_table_8_differ_by_what_they_are_called():
+    rows = experiments.rows_of("table 8", experiments.ROWS["table 8"], {"data": "x"}, 1)
+    settings = [vars(row.configs[0]) for row in rows]
+    changed = [{k for k in a if a[k] != b[k]} for a, b in zip(settings, settings[1:], strict=False)]
+    assert changed[0] == {"strong"}
+    assert changed[1] == {"method", "terms", "local_terms", "alpha"}
+    assert changed[2:] == [{"terms"}, {"alpha"}]
+    assert settings[3]["alpha"] == 1 and settings[4]["alpha"] == pmsacl.Config.alpha
+
+
+def test_options_of_a_row_win_over_those_of_all():
+    rows = experiments.rows_of("table 9", experiments.ROWS["table 9"], {"init": "random"}, 1)
+    by_name = {row.name: row.configs[0] for row in rows}
+    assert by_name["ImageNet"].init == "imagenet" and by_name["CSI"].init == "random"
+
+
+def test_an_impossible_row_is_named_before_anything_runs():
+    with pytest.raises(ValueError, match="table 9, row SimCLR: --terms"):
+        experiments.rows_of("table 9", {"SimCLR": "--method simclr"}, {"terms": "aug"}, 1)
+
+
+def test_a_sweep_is_a_name_and_options_a_line(tmp_path):
+    file = tmp_path / "settings.txt"
+    file.write_text("# what decides R20\nplain\n\nraw   --features raw --alpha 5  # collapses\n")
+    assert experiments.read_sweep(file) == {"plain": "", "raw": "--features raw --alpha 5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "no settings"),
+        ("a\nb --alpha 2\na", "line 3: a is there twice"),
+        ("--alpha 2", "line 1: --alpha is an option"),
+        ("a --alhpa 2", "line 1"),
+        ("a --seed 3", "line 1: no --resume"),
+        ('a "--alpha 2', "line 1"),
+    ],
+)
+def test_a_mistake_in_a_sweep_names_its_line(text, named, tmp_path):
+    file = tmp_path / "settings.txt"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=named):
+        experiments.read_sweep(file)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_again_by_their_settings(tmp_path):
+    a = config()
+    folder = finished(tmp_path, a, 0.5)
+    assert experiments.folder_of(a, tmp_path) == folder
+    same = config(out="elsewhere", preset="quick", epochs=a.epochs, batch_size=a.batch_size,
+                  igd_epochs=a.igd_epochs)  # fmt: skip
+    assert experiments.folder_of(same, tmp_path) == folder
+    for other in (config(seed=1), config(alpha=3.0), config(data="/x/lag"), config(data="")):
+        assert experiments.folder_of(other, tmp_path) != folder
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["lesion_area"]  # a run from before the option had what is its default now
+    (folder / "config.json").write_text(json.dumps(saved))
+    assert experiments.folder_of(a, tmp_path) == folder
+    assert experiments.folder_of(config(lesion_area="0.01,0.02"), tmp_path) != folder
+
+
+def test_means_and_deviations_are_over_the_seeds(tmp_path):
+    log = "epoch,spread,accuracy\n1,0.5,0.25\n2,0.03,0.75\n"
+    for seed, auroc in enumerate((0.6, 0.7, 0.8)):
+        finished(tmp_path, config(seed=seed), auroc, log)
+    [row] = experiments.filled(experiments.rows_of("s", {"a": ""}, vars(config()), 3), tmp_path)
+    mean, sd = row.value("image_auroc")
+    assert mean == pytest.approx(0.7) and sd == pytest.approx(0.1)
+    assert row.value("pretext")[0] == 0.75 and row.value("spread")[0] == pytest.approx(0.03)
+    assert row.value("minutes")[0] == 1.5 and row.value("aupro") is None
+
+
+def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def job(settings, folder):
+        tried.append((settings.alpha, settings.seed))
+        if settings.alpha == 3:
+            raise ValueError("no weights")
+        finished(tmp_path, settings, 0.5)
+
+    monkeypatch.setattr(experiments, "run", lambda settings, out: job(settings, out))
+    rows = experiments.rows_of("s", {"a": "--alpha 3", "b": "--alpha 4"}, vars(config()), 2)
+    last = list(experiments.carry_out("s", rows, tmp_path))[-1]
+    assert tried == [(3, 0), (4, 0), (4, 1)]  # a seed of all rows before the next seed
+    assert [len(row.results) for row in last] == [0, 2] and last[0].trouble == "no weights"
+    text = experiments.markdown("t", last, 3)
+    assert "| a | 0 | not run |" in text and "a failed: no weights" in text
+
+
+def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, capsys):
+    sweep, out = tmp_path / "pair.txt", tmp_path / "out"
+    sweep.write_text("plain\nnothing --method random\n")
+    command = ["--sweep", str(sweep), "--data", str(images), "--seeds", "1", "--out", str(out)]
+    assert experiments.main([*command, *OPTIONS, "--show"]) == 0
+    assert (
+        not list(out.glob("*/results.json"))
+        and "| plain | 0 | not run |" in capsys.readouterr().out
+    )
+    assert experiments.main([*command, *OPTIONS]) == 0
+    assert "| plain | 1 | " in capsys.readouterr().out
+    runs = sorted(out.glob("*/results.json"))
+    before = [file.stat().st_mtime_ns for file in runs]
+    assert len(runs) == 2
+    runs[0].unlink()  # as if it had been cut off before its end
+    assert experiments.main([*command, *OPTIONS]) == 0
+    after = [file.stat().st_mtime_ns for file in sorted(out.glob("*/results.json"))]
+    assert after[0] != before[0] and after[1] == before[1]
+    assert len(list((out / "cache").glob("*.npy"))) == len(
+        {f.name for f in out.glob("*/cache/*.npy")}
+    )
+    names = {file.suffix for file in out.glob("pair-phantom-*")}
+    assert names == {".md", ".csv", ".png"}
+    [table] = out.glob("pair-phantom-*.csv")
+    lines = list(csv.DictReader(table.read_text().splitlines()))
+    assert [line["row"] for line in lines] == ["plain", "nothing"]
+    assert float(lines[0]["image_auroc_mean"]) >= 0 and lines[0]["image_auroc_sd"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "nothing to do"),
+        (["--table", "9", "--seeds", "0"], "--seeds"),
+        (["--table", "9", "--seed", "1"], "--seeds N"),
+        (["--table", "9", "--data", "/nowhere"], "nowhere"),
+        (["--sweep", "/nowhere.txt"], "nowhere.txt"),
+        (["--table", "9", "--alpha", "0"], "table 9, row .*--alpha"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, named, capsys, tmp_path):
+    assert experiments.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("experiments.py: ") and re.search(named, line)
+    assert not (tmp_path / "out").exists()
+
+
+# --- tables and charts --------------------------------------------------------------------------
+
+
+def test_the_papers_figure_stands_beside_ours(tmp_path):
+    base = vars(config()) | {"seed": 0}
+    finished(tmp_path, config(), 0.6123)
+    rows = experiments.rows_of("table 9", {"PMSACL": ""}, base, 1)
+    lines = experiments.markdown("t", experiments.filled(rows, tmp_path), 3).splitlines()
+    head = lines[2].split(" | ")
+    assert head[1:4] == ["seeds", "AUC", "paper: AUC"]
+    assert lines[4].startswith("| PMSACL | 1 | 0.612 | 0.996 |")
+
+
+def test_table_5_shows_the_papers_deviations_as_rows():
+    rows = experiments.rows_of("table 5", experiments.ROWS["table 5"], {"data": "x"}, 5)
+    text = experiments.markdown("t", rows, 4)
+    assert "| paper: LAG |" in text and "0.0163" in text
+
+
+def test_a_chart_shows_each_row_and_keeps_its_marks_inside():
+    values = {"a": [0.6, 0.7, 0.8], "one run": [0.9], "none": []}
+    paper = {"paper: AUC": {"a": 0.99, "none": None}}
+    picture = dot_chart(values, paper, title="T", axis="AUROC", note="note " * 40)
+    assert picture.height > 34 * 3 and picture.width > 640
+    colours = {colour for _, colour in picture.getcolors(2**16)}
+    assert {(31, 95, 168), (217, 115, 13), (143, 180, 221)} <= colours
+    empty = dot_chart({"none": []}, {}, title="T", axis="AUROC")
+    assert empty.width >= 640
+    same = dot_chart({"a": [0.5]}, {}, title="T", axis="AUROC")
+    assert same.height == empty.height
+
+
+def test_the_papers_tables_8_to_10_are_as_printed():
+    assert tables.PAPER[8][2]["+ l_ctr"] == (0.993, 0.753)
+    assert tables.PAPER[9][2]["DROC"] == (0.931, 0.954, 0.881, 0.914)
+    assert tables.PAPER[10][2]["Re-estimate Centre"] == (0.985, 0.864, 0.878, 0.876)
+    for number in (8, 9, 10):
+        _, columns, rows = tables.PAPER[number]
+        assert all(len(row) == len(columns) for row in rows.values())
