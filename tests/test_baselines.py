@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import baselines
 import medmix
+import options
 import phantom
 import pmsacl
 from encoder import Encoder, ResNet18, frozen_averages
@@ -139,7 +140,7 @@ def test_gradients_and_rows_of_several_processes():
 @pytest.mark.parametrize("method", TRAINED)
 def test_each_method_is_its_strong_set_and_its_formula(method):
     """The terms of a step against the printed formulas on the very same views."""
-    config = pmsacl.settle({"method": method, "device": "cpu", "data": "x"})
+    config = options.settle({"method": method, "device": "cpu", "data": "x"})
     encoder = Encoder(classes=config.classes, generator=generator(0)).eval()
     x = torch.rand(2, 3, 64, 64, generator=generator(1))
     terms = pmsacl.loss_terms(encoder, x, torch.zeros(4, 128), config, generator(2))
@@ -179,7 +180,7 @@ def tiny(**changes):
         given["classes"] = 1
     if changes.get("method") == "ccd":
         given["image_size"] = 64  # eq. 9 needs room
-    return pmsacl.settle(given | changes)
+    return options.settle(given | changes)
 
 
 def pictures(size=32, count=11):
@@ -234,22 +235,22 @@ def test_random_trains_nothing_and_its_detector_is_the_untrained_one(tmp_path):
 
 
 def test_a_method_sets_what_the_user_does_not():
-    config = pmsacl.settle({"method": "ccd", "data": "x"})
+    config = options.settle({"method": "ccd", "data": "x"})
     assert (config.strong, config.terms) == ("permutation", "con,aug,pos")
-    assert pmsacl.settle({"method": "ccd", "strong": "medmix", "data": "x"}).strong == "medmix"
-    assert pmsacl.settle({"method": "simclr", "data": "x"}).classes == 1
-    assert pmsacl.settle({"data": "x"}).terms == pmsacl.Config.terms
+    assert options.settle({"method": "ccd", "strong": "medmix", "data": "x"}).strong == "medmix"
+    assert options.settle({"method": "simclr", "data": "x"}).classes == 1
+    assert options.settle({"data": "x"}).terms == pmsacl.Config.terms
 
 
 def test_as_printed_sets_the_papers_readings_and_gives_way_to_options():
-    given, _ = pmsacl.parse(["--as-printed", "--features", "unit"])
-    config = pmsacl.settle(given)
+    given, _ = options.parse(["--as-printed", "--features", "unit"])
+    config = options.settle(given)
     assert (config.features, config.aug_head, config.positive_scale) == (
         "unit",
         "projection",
         "0.5",
     )
-    assert pmsacl.parse([])[0] == {}
+    assert options.parse([])[0] == {}
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_as_printed_sets_the_papers_readings_and_gives_way_to_options():
 )
 def test_impossible_settings_are_refused(changes, named):
     with pytest.raises(ValueError, match=named):
-        pmsacl.settle({"data": "x"} | changes)
+        options.settle({"data": "x"} | changes)
 
 
 @pytest.mark.parametrize("strong", medmix.STRONG)

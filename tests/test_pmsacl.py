@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import patches
 import pmsacl
 from encoder import Encoder, ResNet18, frozen_averages, normalise, start_weights
 from run import generator
@@ -184,11 +185,11 @@ def test_neighbours_lie_where_their_class_says():
     s, b = 63, 400
     y, x = torch.meshgrid(torch.arange(s), torch.arange(s), indexing="ij")
     images = torch.stack([y, x, torch.arange(s * s).view(s, s)]).float().expand(b, 3, s, s)
-    first, second, p = pmsacl.patch_pairs(images, generator(5))
+    first, second, p = patches.patch_pairs(images, generator(5))
     assert first.shape == second.shape == (b, 3, 32, 32) and set(p.tolist()) == set(range(8))
     assert torch.equal(first[:, 0, 1, 0] - first[:, 0, 0, 0], torch.ones(b))  # contiguous
     shift = second[:, :2, 0, 0] - first[:, :2, 0, 0]  # (B, 2): dy, dx
-    wanted = torch.tensor(pmsacl.DIRECTIONS)[p]
+    wanted = torch.tensor(patches.DIRECTIONS)[p]
     assert torch.equal(shift.sign().long(), wanted)
     moved = shift[wanted != 0].abs()
     assert moved.min() == 24 and moved.max() == 31  # 24 + U{0..7}, all of them reached
@@ -196,7 +197,7 @@ def test_neighbours_lie_where_their_class_says():
 
 def test_images_too_small_for_a_pair_are_refused():
     with pytest.raises(ValueError, match="63 px"):
-        pmsacl.patch_pairs(torch.rand(2, 3, 62, 62), generator(0))
+        patches.patch_pairs(torch.rand(2, 3, 62, 62), generator(0))
 
 
 def test_loss_terms_are_those_named_and_centre_weight_scales_eq_3():

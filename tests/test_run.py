@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import detectors
+import options
 import phantom
 import pmsacl
 import run as shared
@@ -143,22 +144,22 @@ def test_a_run_is_never_written_over(images, finished, capsys):
 
 def test_runs_without_a_name_get_the_next_free_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert pmsacl.default_run("/x/kvasir", newest=False) == Path("runs/kvasir")
+    assert options.default_run("/x/kvasir", newest=False) == Path("runs/kvasir")
     Path("runs/kvasir").mkdir(parents=True)
-    assert pmsacl.default_run("/x/kvasir", newest=False) == Path("runs/kvasir-2")
+    assert options.default_run("/x/kvasir", newest=False) == Path("runs/kvasir-2")
     Path("runs/kvasir-2").mkdir()
-    assert pmsacl.default_run("/x/kvasir", newest=True) == Path("runs/kvasir-2")
-    assert pmsacl.default_run("", newest=True) == Path("runs/phantom")
+    assert options.default_run("/x/kvasir", newest=True) == Path("runs/kvasir-2")
+    assert options.default_run("", newest=True) == Path("runs/phantom")
 
 
 def test_presets_give_way_to_options(tmp_path):
-    config, _ = pmsacl.resolve(
+    config, _ = options.resolve(
         {"preset": "quick", "epochs": 3, "out": str(tmp_path / "r"), "data": "x"}, None
     )
     assert (config.epochs, config.image_size, config.init) == (3, 64, "auto")
-    config, _ = pmsacl.resolve({"out": str(tmp_path / "r")}, None)
+    config, _ = options.resolve({"out": str(tmp_path / "r")}, None)
     assert (config.preset, config.init) == ("quick", "random")  # the phantoms
-    config, _ = pmsacl.resolve({"out": str(tmp_path / "r"), "data": "x"}, None)
+    config, _ = options.resolve({"out": str(tmp_path / "r"), "data": "x"}, None)
     assert (config.preset, config.epochs, config.image_size) == ("paper", 2000, 256)
 
 
