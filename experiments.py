@@ -32,6 +32,7 @@ import data
 import pmsacl
 from figures import dot_chart, png
 from medmix import STRONG
+from options import Config, parse, settle
 from run import Parser, say, write_file
 from tables import PAPER, PAPER_FIGURES
 
@@ -90,7 +91,7 @@ class Row:
 
     name: str
     options: str
-    configs: tuple[pmsacl.Config, ...]  # one a seed
+    configs: tuple[Config, ...]  # one a seed
     paper: Mapping[str, float | None]  # heading -> figure
     results: tuple[Mapping[str, float], ...] = ()  # one a finished run
     trouble: str = ""
@@ -106,7 +107,7 @@ class Row:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def folder_of(config: pmsacl.Config, out: Path) -> Path:
+def folder_of(config: Config, out: Path) -> Path:
     """The run folder with these settings: one that exists, or else the name of a new one."""
     for file in sorted(out.glob("*/config.json")):
         if _same(config, json.loads(file.read_text()), file.parent):
@@ -116,18 +117,18 @@ def folder_of(config: pmsacl.Config, out: Path) -> Path:
     return out / f"{_dataset(config)}-{config.method}-{digest}-seed{config.seed}"
 
 
-def _same(config: pmsacl.Config, saved: Mapping[str, Any], folder: Path) -> bool:
+def _same(config: Config, saved: Mapping[str, Any], folder: Path) -> bool:
     """Are the settings those of a saved config.json? One that it lacks had its default."""
     wanted = dataclasses.asdict(config) | {"data": config.data or str(folder / "phantom")}
     names = wanted.keys() - {"out", "device", "preset"}
-    return all(saved.get(name, getattr(pmsacl.Config, name)) == wanted[name] for name in names)
+    return all(saved.get(name, getattr(Config, name)) == wanted[name] for name in names)
 
 
-def _dataset(config: pmsacl.Config) -> str:
+def _dataset(config: Config) -> str:
     return Path(config.data).name or "phantom"
 
 
-def run(config: pmsacl.Config, out: Path) -> None:
+def run(config: Config, out: Path) -> None:
     """Begin or go on with one run; all share one cache of decoded images."""
     folder = folder_of(config, out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ def run(config: pmsacl.Config, out: Path) -> None:
         pmsacl.main_job(dataclasses.replace(config, out=str(folder)), folder)
 
 
-def result_of(config: pmsacl.Config, out: Path) -> dict[str, float] | None:
+def result_of(config: Config, out: Path) -> dict[str, float] | None:
     """MEASURES of a finished run; None if there is none.
 
     The detector is the one that was asked for, IGD if both were.
@@ -171,9 +172,9 @@ def rows_of(name: str, options: Mapping[str, str], given: dict[str, Any], seeds:
     _, columns, printed = PRINTED.get(name, ("", (), {}))
     rows = []
     for row, text in options.items():
-        own, _ = pmsacl.parse(shlex.split(text))
+        own, _ = parse(shlex.split(text))
         try:
-            configs = tuple(pmsacl.settle(given | own | {"seed": seed}) for seed in range(seeds))
+            configs = tuple(settle(given | own | {"seed": seed}) for seed in range(seeds))
         except ValueError as error:
             raise ValueError(f"{name}, row {row}: {error}") from None
         figures = printed.get(row, [None] * len(columns))
@@ -201,7 +202,7 @@ def read_sweep(file: Path) -> dict[str, str]:
             what = "is there twice" if name in settings else "is an option: a name comes first"
             raise ValueError(f"{file}, line {number}: {name} {what}")
         try:
-            own, resume = pmsacl.parse(options)
+            own, resume = parse(options)
         except SystemExit:
             raise ValueError(f"{file}, line {number}: the option above") from None
         if resume is not None or own.keys() & {"out", "seed", "data"}:
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="run nothing, show what is finished")
     args, rest = parser.parse_known_args(argv)
     try:
-        given, resume = pmsacl.parse(rest)
+        given, resume = parse(rest)
         if resume is not None or "seed" in given:
             raise ValueError("neither --resume nor --seed goes here: --seeds N runs 0 to N - 1")
         if args.seeds < 1:

@@ -11,9 +11,9 @@ import pytest
 
 import experiments
 import phantom
-import pmsacl
 import tables
 from figures import dot_chart
+from options import Config, settle
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -27,14 +27,14 @@ def images(tmp_path_factory) -> Path:
 
 def config(**changes):
     given = {"data": "/x/kvasir", "device": "cpu", "image_size": 32, "init": "random"}
-    return pmsacl.settle(given | changes)
+    return settle(given | changes)
 
 
-def finished(out: Path, settings: pmsacl.Config, auroc: float, log: str = "") -> Path:
+def finished(out: Path, settings: Config, auroc: float, log: str = "") -> Path:
     """A run folder as the main job leaves it."""
     folder = experiments.folder_of(settings, out)
     folder.mkdir(parents=True)
-    content = {f: getattr(settings, f) for f in pmsacl.Config.__dataclass_fields__}
+    content = {f: getattr(settings, f) for f in Config.__dataclass_fields__}
     (folder / "config.json").write_text(json.dumps(content | {"out": str(folder)}))
     row = {"image_auroc": auroc, "specificity": 0.5, "sensitivity": 0.6, "accuracy": 0.7}
     (folder / "results.json").write_text(json.dumps({"padim": row, "seconds": {"pretrain": 90.0}}))
@@ -64,7 +64,7 @@ def test_rows_of_table_8_differ_by_what_they_are_called():
     assert changed[0] == {"strong"}
     assert changed[1] == {"method", "terms", "local_terms", "alpha"}
     assert changed[2:] == [{"terms"}, {"alpha"}]
-    assert settings[3]["alpha"] == 1 and settings[4]["alpha"] == pmsacl.Config.alpha
+    assert settings[3]["alpha"] == 1 and settings[4]["alpha"] == Config.alpha
 
 
 def test_options_of_a_row_win_over_those_of_all():
