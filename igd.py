@@ -206,22 +206,20 @@ class AutoEncoder(nn.Module):
 
 
 def critic(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
-    """d: (B, 3, S, S) -> (B,) in [0, 1], the share of a second image mixed in.   [I:critic]"""
+    """d: (B, 3, S, S) -> (B,), the share of a second image mixed in.   [I:critic]
+
+    The last layer is linear, as in ACAI. The sigmoid of IGD's code saturates at 0 and stays there.
+    """
     side, channels = widths(size, width)
     network = nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1, bias=False),
         *(Block(a, b, up=False) for a, b in zip(channels, channels[1:], strict=False)),
         nn.Flatten(),
         nn.Linear(channels[-1] * side**2, 1),
-        nn.Sigmoid(),
         nn.Flatten(0),
     )
     initialise(network, generator)
     return network
-
-
-def _fast(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def unfold(x: Tensor, stride: int) -> Tensor:

@@ -161,7 +161,7 @@ def test_decoder_and_critic_follow_the_image_size(size, blocks):
     y = model.decode(torch.randn(2, igd.Z, generator=gen))
     assert y.shape == (2, 3, size, size) and 0 <= y.min() and y.max() <= 1
     d = critic(size, 1, gen)(y)
-    assert d.shape == (2,) and 0 <= d.min() and d.max() <= 1
+    assert d.shape == (2,) and d.isfinite().all()
 
 
 @given(st.sampled_from([8, 16, 32]), st.integers(0, 4), st.integers(1, 3))
@@ -214,7 +214,7 @@ def test_scores_and_heat_maps_agree_with_a_loop_over_patches(local, heat_map):
                     m = float(ms_ssim(p, q, **setting(32)))
                     rec = 0.15 * float((p - q).abs().mean()) + 0.85 * (1 - m)
                     patch_scores.append(0.9 * rec + 0.1 * h)
-                    value = patch_scores[-1]
+                    value: Any = patch_scores[-1]
                     if heat_map == "residual":
                         value = residual_map(p, q, **setting(32), rho=0.15)[0].cpu()
                     total[i : i + 32, j : j + 32] += value
@@ -238,9 +238,8 @@ def test_scores_and_heat_maps_agree_with_a_loop_over_patches(local, heat_map):
 def test_training_learns_the_normal_images_and_fine_tunes_a_copy():
     network, train = Small().to(DEVICE), images(16)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    detector = IGD(  # type: ignore[arg-type]
-        network, image_size=32, width=2, batch_size=8, epochs=8, lr=3e-3, interval=4
-    ).fit(train)
+    settings = {"width": 2, "batch_size": 8, "epochs": 8, "lr": 3e-3, "interval": 4}
+    detector = IGD(network, image_size=32, **settings).fit(train)  # type: ignore[arg-type]
     log = detector.log["global"]
     assert [row["epoch"] for row in log] == list(range(1, 9))
     assert log[-1]["rec"] < 0.9 * log[0]["rec"]
