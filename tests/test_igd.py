@@ -238,17 +238,17 @@ def test_scores_and_heat_maps_agree_with_a_loop_over_patches(local, heat_map):
 def test_training_learns_the_normal_images_and_fine_tunes_a_copy():
     network, train = Small().to(DEVICE), images(16)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    settings = {"width": 2, "batch_size": 8, "epochs": 8, "lr": 3e-3, "interval": 4}
+    settings = {"width": 4, "batch_size": 8, "epochs": 12, "lr": 3e-3, "interval": 4}
     detector = IGD(network, image_size=32, **settings).fit(train)  # type: ignore[arg-type]
     log = detector.log["global"]
-    assert [row["epoch"] for row in log] == list(range(1, 9))
+    assert [row["epoch"] for row in log] == list(range(1, 13))
     assert log[-1]["rec"] < 0.9 * log[0]["rec"]
     assert log[0]["lr"] > log[-1]["lr"] > 0
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     model = detector.models["global"]
     assert not torch.equal(model.backbone.conv1.weight, network.conv1.weight)
     # batch norm was never left frozen, and ends in evaluation mode
-    assert model.backbone.bn1.num_batches_tracked == 16 and not model.training
+    assert model.backbone.bn1.num_batches_tracked == 24 and not model.training
     with torch.no_grad():
         z = model.encode(torch.from_numpy(train).float().to(DEVICE) / 255)
     mu, sigma2 = gaussian([z], detector.kappa)
