@@ -59,14 +59,15 @@ def training_step(rounds: int) -> tuple[float, float, float]:
 def scoring(batch: int, rounds: int) -> tuple[float, float, float]:
     """PaDiM's heat maps against the layers 1-3 that they are made from, 256 px."""
     images = np.random.default_rng(0).integers(0, 255, (8, 3, 256, 256), np.uint8)
-    detector = PaDiM(ResNet18()).fit(images)
+    network = channels_last(ResNet18().eval())
+    detector = PaDiM(network).fit(images)
 
     @torch.no_grad()
     def bare() -> None:
         x = channels_last(normalise(to_unit(images[:batch], "cpu")))
         step = 1  # images at a time: faster here than more
         for k in range(0, batch, step):
-            detector.backbone.stages(x[k : k + step], last=3)
+            network.stages(x[k : k + step], last=3)
 
     return paired(lambda: detector.score(images[:batch]), bare, rounds)
 

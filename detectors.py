@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import progress
 from encoder import ResNet18, channels_last, normalise, to_unit
@@ -33,7 +34,7 @@ __all__ = ["IGD", "PaDiM", "load", "ms_ssim"]
 
 LAYERS = (64, 128, 256)  # channels of layers 1-3, 448 together                   [P!§4.2 R19]
 SIGMA_AT = 256  # pixels a side for which PaDiM's sigma is meant
-CPU_PIXELS, GPU_PIXELS = 2**16, 2**22  # B S^2 that the network sees at once
+CPU_PIXELS, GPU_PIXELS = 2**18, 2**22  # B S^2 that the network sees at once
 IMAGES = 32  # whose embeddings are held at once: W is read once for all of them
 POSITIONS = 256  # whose float64 factors are held at once
 
@@ -119,6 +120,18 @@ def upsampling(h: int, size: int, sigma: float) -> Tensor:
     return (gaussian @ bilinear).float()
 
 
+def folded(network: ResNet18) -> ResNet18:
+    """The same function in evaluation mode, each batch norm folded into its convolution: faster."""
+    network = copy.deepcopy(network)
+    for part in list(network.modules()):
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):
+            if isinstance(getattr(part, norm, None), nn.BatchNorm2d):
+                both = fuse_conv_bn_eval(getattr(part, conv), getattr(part, norm))
+                setattr(part, conv, both)
+                setattr(part, norm, nn.Identity())
+    return network
+
+
 class PaDiM:
     """s(x_p) = sqrt((x_p - mu_p)^T Sigma_p^-1 (x_p - mu_p)) over the positions p.   [P:(13)]
 
@@ -145,7 +158,7 @@ class PaDiM:
         if not (eps >= 0 and sigma >= 0 and math.isfinite(eps + sigma)):
             raise ValueError(f"eps and sigma must be 0 or above, got {eps} and {sigma}")
         self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
-        channels_last(self.backbone)
+        self.network = channels_last(folded(self.backbone))
         self.device = self.backbone.conv1.weight.device
         generator = torch.Generator().manual_seed(seed)
         self.channels = torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values
@@ -167,7 +180,7 @@ class PaDiM:
         x = torch.empty(len(images), h, h, len(self.channels), device=self.device)
         for k in range(0, len(images), step):
             batch = normalise(to_unit(images[k : k + step], self.device))
-            stages = self.backbone.stages(channels_last(batch), last=3)
+            stages = self.network.stages(channels_last(batch), last=3)
             first = used = 0
             for layer in stages:
                 chosen = self.channels[
