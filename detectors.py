@@ -158,7 +158,8 @@ class PaDiM:
         if not (eps >= 0 and sigma >= 0 and math.isfinite(eps + sigma)):
             raise ValueError(f"eps and sigma must be 0 or above, got {eps} and {sigma}")
         self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
-        self.network = channels_last(folded(self.backbone))
+        self.network = folded(self.backbone)
+        channels_last(self.network)
         self.device = self.backbone.conv1.weight.device
         generator = torch.Generator().manual_seed(seed)
         self.channels = torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values
