@@ -59,7 +59,8 @@ def training_step(rounds: int) -> tuple[float, float, float]:
 def scoring(batch: int, rounds: int) -> tuple[float, float, float]:
     """PaDiM's heat maps against the layers 1-3 that they are made from, 256 px."""
     images = np.random.default_rng(0).integers(0, 255, (8, 3, 256, 256), np.uint8)
-    network = channels_last(ResNet18().eval())
+    network = ResNet18().eval()
+    channels_last(network)
     detector = PaDiM(network).fit(images)
 
     @torch.no_grad()
