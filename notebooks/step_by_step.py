@@ -31,16 +31,16 @@ from IPython.display import display
 
 import data
 import medmix
+import phantom
 import pmsacl
 from detectors import PaDiM
 from encoder import Encoder, to_unit
 from eval import auroc
 from figures import image_grid
-from phantom import phantom
 from run import generator
 
 folder = Path(tempfile.mkdtemp())
-phantom(folder / "phantom", train=64, good=40, abnormal=40, size=64)
+phantom.draw(folder / "phantom", train=64, good=40, abnormal=40, size=64)
 dataset = data.discover(folder / "phantom")
 images, _ = data.decode(dataset.train, 64, folder)
 x = to_unit(images[:8], "cpu")  # (B, 3, S, S) in [0, 1]
