@@ -61,6 +61,7 @@ class Config:
     detector: str = _option("padim", "padim, igd or both")
     local: str = _option("auto", "IGD's local model: yes, no or auto (above 64 px) [P:§4.2]")
     igd_epochs: int = _option(256, "of IGD's own training                      [P!§4.2 R21]")
+    igd_width: int = _option(64, "channels of IGD's decoder and critic at full size   [R21]")
     paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
     skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
     seed: int = _option(0, "of every random draw")
@@ -88,7 +89,7 @@ class Config:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise _bad(self, name, "0 or above")
         least = {"classes": 1, "warmup_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0}
-        least |= {"igd_epochs": 1}
+        least |= {"igd_epochs": 1, "igd_width": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise _bad(self, name, f"{lowest} or above")
@@ -130,7 +131,7 @@ def _bad(config: Config, name: str, wanted: str) -> ValueError:
 PRESETS: dict[str, dict[str, int | float]] = {
     "paper": {},  # section 4.2, the defaults above
     # what a CPU finishes in minutes
-    "quick": {"image_size": 64, "batch_size": 16, "epochs": 8, "igd_epochs": 30},
+    "quick": {"image_size": 64, "batch_size": 16, "epochs": 8, "igd_epochs": 30, "igd_width": 8},
 }
 
 

@@ -589,6 +589,7 @@ def train_igd(
         patches.backbone if patches else None,
         image_size=config.image_size,
         epochs=config.igd_epochs,
+        width=config.igd_width,
         seed=config.seed,
     )
     igd.fit(images.train, checkpoint=run / "checkpoint_igd.pt")
