@@ -13,7 +13,7 @@ import experiments
 import phantom
 import tables
 from figures import dot_chart
-from options import Config, settle
+from options import PRESETS, Config, settle
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -109,8 +109,8 @@ def test_runs_are_found_again_by_their_settings(tmp_path):
     a = config()
     folder = finished(tmp_path, a, 0.5)
     assert experiments.folder_of(a, tmp_path) == folder
-    same = config(out="elsewhere", preset="quick", epochs=a.epochs, batch_size=a.batch_size,
-                  igd_epochs=a.igd_epochs)  # fmt: skip
+    again = {name: getattr(a, name) for name in PRESETS["quick"]}  # what the preset would change
+    same = config(**{"out": "elsewhere", "preset": "quick"} | again)
     assert experiments.folder_of(same, tmp_path) == folder
     for other in (config(seed=1), config(alpha=3.0), config(data="/x/lag"), config(data="")):
         assert experiments.folder_of(other, tmp_path) != folder
