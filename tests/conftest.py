@@ -71,7 +71,7 @@ def assert_within(got: torch.Tensor, want: torch.Tensor, budget: torch.Tensor | 
 
     got:     the result under test, any dtype.
     want:    the same in float64, same shape.
-    budget:  absolute, broadcastable to want; counted from roundings (CONVENTIONS.md), not tuned.
+    budget:  absolute, broadcastable to want; counted from roundings, not tuned.
     """
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     assert bool(torch.isfinite(got).all()), "the result holds NaN or infinity"
