@@ -262,6 +262,7 @@ class IGD:
     lr: float = 1e-4  # of Adam, at the start                                   [I:code]
     rho: float = 0.15  # weight of the absolute error                           [P:(11)]
     kappa: float = 1.0  # of sigma^2                                            [P:§3.3]
+    sigma2_least: float = 1.0  # sigma^2 is never less                          [I:code]
     interval: int = 10  # epochs between estimates of mu and sigma^2            [I:code]
     critic_weight: float = 0.1  #                                               [I:code]
     gamma: float = 0.2  # share of x in the critic's blend                      [I:code]
@@ -296,8 +297,11 @@ class IGD:
         for name in ("rho", "kappa", "gamma", "xi_global", "xi_local"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.kappa == 0 or not (0 < self.lr < math.inf):
-            raise ValueError(f"kappa and lr must be above 0, got {self.kappa} and {self.lr}")
+        for name in ("kappa", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.sigma2_least < math.inf:
+            raise ValueError(f"sigma2_least must be 0 or above, got {self.sigma2_least}")
         least = {"epochs": 1, "batch_size": 2, "patches": 2, "stride": 1, "width": 1, "interval": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
@@ -575,9 +579,12 @@ class Training:
 
     @torch.no_grad()
     def estimate(self) -> None:
-        """mu and sigma^2 over all training images or patches.   [P:§3.3]
+        """mu and sigma^2 over all training images or patches.   [P!§3.3 R21]
 
         During training batch norm sees each batch, as it does in the loss, and keeps its averages.
+        Eq. 12 pulls z together, so sigma^2 shrinks from one estimate to the next; a step of Adam
+        then moves z by many sigma, and 1 - exp(.) saturates at 1, without a gradient. Hence a
+        least value, as in IGD's code.
         """
         batches = np.array_split(self.order(0), self.steps)
         training = self.model.training
@@ -586,7 +593,7 @@ class Training:
                 (self.model.encode(self.take(b)) for b in batches), self.igd.kappa
             )
         self.model.mu.copy_(mu)
-        self.model.sigma2.copy_(sigma2)
+        self.model.sigma2.copy_(sigma2.clamp(min=self.igd.sigma2_least))
 
     def _kept(self) -> str:
         kept = self.path is not None and self.path.exists()

@@ -253,8 +253,25 @@ def test_training_learns_the_normal_images_and_fine_tunes_a_copy():
         z = model.encode(torch.from_numpy(train).float().to(DEVICE) / 255)
     mu, sigma2 = gaussian([z], detector.kappa)
     torch.testing.assert_close(model.mu, mu, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.sigma2, sigma2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.sigma2, sigma2.clamp(min=1.0), rtol=1e-4, atol=1e-5)
     assert detector.reconstruct(train[:2]).shape == (2, 3, 32, 32)
+
+
+def test_a_small_sigma_does_not_saturate_the_gaussian():
+    """Without a least sigma^2 the collapsing z would leave h at 1, and its gradient at 0."""
+    z = 1e-3 * torch.randn(4, igd.Z, generator=torch.Generator().manual_seed(0))
+    drifted = (z + 0.02).requires_grad_()
+    sigma2 = {}
+    for least in (0.0, 1.0):
+        training = Training(small(sigma2_least=least), "global", images(4), None)
+        training.model.encode = lambda x: z[: len(x)]  # type: ignore[method-assign]
+        training.estimate()
+        sigma2[least] = training.model.sigma2
+        drifted.grad = None
+        anomaly_likelihood(drifted, training.model.mu, sigma2[least]).sum().backward()
+        assert drifted.grad is not None
+        assert (drifted.grad.abs().max() < 1e-6) == (least == 0)
+    assert sigma2[0.0] < 1e-3 and sigma2[1.0] == 1
 
 
 def test_estimates_come_every_interval_and_at_the_end(monkeypatch):
@@ -416,6 +433,7 @@ def test_user_mistakes_are_named(tmp_path):
         {"rho": 1.5},
         {"kappa": 0.0},
         {"lr": math.nan},
+        {"sigma2_least": -1.0},
         {"epochs": 0},
         {"batch_size": 1},
     ):
