@@ -30,9 +30,9 @@ def draw(
 
     One scope looks along the colon, so that images align as position-wise detectors need them to.
     The variation was set so that PaDiM on a network with random weights reaches about the AUROC
-    that the paper gives for PaDiM without its pre-training, 0.943 [P:Tab.1]; no trained network was
-    looked at for that. The folder appears when complete; one that the same call has written before
-    is left as it is.
+    that the paper gives for PaDiM without its pre-training, 0.943 [P:Tab.1], starting from harder
+    phantoms on which a pre-trained one had fallen short. The folder appears when complete; one
+    that the same call has written before is left as it is.
 
     root:    folder to make: train/good, test/good, test/lesion, ground_truth/lesion.
     train, good, abnormal: numbers of images; only the abnormal ones have lesions.
