@@ -33,7 +33,7 @@ from figures import (
     source_of,
 )
 from run import Parser, pick_device, write_file
-from tables import write_results, write_scores
+from tables import measured, write_results, write_scores
 
 Array = NDArray[Any]
 
@@ -542,8 +542,7 @@ def evaluate_run(
     )
     extra = {}
     for name, value in old.items():
-        is_row = isinstance(value, dict) and "image_auroc" in value
-        if is_row and value.get("data") != _data_key(dataset, seed, paper_protocol):
+        if name in measured(old) and value.get("data") != _data_key(dataset, seed, paper_protocol):
             print(f"left out: the row {name}, of other data or another protocol", file=sys.stderr)
         elif name not in found:
             extra[name] = value

@@ -27,11 +27,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from encoder import POOLED, ResNet18, channels_last, frozen_averages, initialise, normalise, to_unit
-from run import Meter, autocast, generator, save_atomically
+from patches import PATCH
+from run import Meter, autocast, epoch_order, generator, save_atomically
 from ssim import ms_ssim, residual_map, setting
 
 Z = 128  # features of the latent space                                       [P:§4.2]
-PATCH = 32  # pixels a side of the local model's patches                      [P:§4.2]
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**23  # B S^2 that are scored at once
 
 
@@ -563,7 +563,7 @@ class Training:
 
     def order(self, epoch: int) -> np.ndarray:
         """The images, or all patches of all images, in an epoch's order."""
-        return np.random.default_rng([self.igd.seed, 23, epoch]).permutation(self.count)
+        return epoch_order(self.count, self.igd.seed, 23, epoch)
 
     def take(self, ids: np.ndarray) -> Tensor:
         """Images, or patches: number i is place i mod L of image i div L."""

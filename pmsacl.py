@@ -46,6 +46,7 @@ from run import (
     Meter,
     autocast,
     average_gradients,
+    epoch_order,
     first_process_first,
     from_first_process,
     gather,
@@ -58,6 +59,7 @@ from run import (
     write_file,
     write_rows,
 )
+from tables import write_results
 
 # --- section 3.2, in its order -----------------------------------------------------------------
 
@@ -368,7 +370,7 @@ class Pretraining:
         if self.centres_due():
             self.c = self.centres()
         epoch, position = divmod(self.step_done, self.steps)
-        shuffled = np.random.default_rng([config.seed, 5, epoch]).permutation(self.trained)
+        shuffled = self.trained[epoch_order(len(self.trained), config.seed, 5, epoch)]
         first = position * self.global_batch + self.rank * self.batch
         start = config.local_lr if self.local else config.lr
         for group in self.optimiser.param_groups:
@@ -490,13 +492,12 @@ def prepare(config: Config, run: Path) -> Images:
 
     raises: ValueError or OSError.
     """
-    if config.data:
-        data.discover(config.data, seed=config.seed).check_test()  # before anything is written
-    run.mkdir(parents=True, exist_ok=True)
     root = Path(config.data or run / "phantom")
     if not config.data:
         phantom.draw(root, size=config.image_size)
     found = data.discover(root, seed=config.seed)
+    found.check_test()  # before anything of a user's data is written
+    run.mkdir(parents=True, exist_ok=True)
     size, cache = config.image_size, run / "cache"
     train, kept = data.decode(found.train, size, cache, skip_bad=config.skip_bad)
     found = dataclasses.replace(found, train=tuple(found.train[i] for i in kept))
@@ -561,8 +562,7 @@ def main_job(config: Config, run: Path) -> None:
 
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     if images.test is None:
-        content = json.dumps(extra, indent=2).encode()
-        write_file(run / "results.json", content)
+        write_results(run, extra)
         say(f"no test images: score some with  python eval.py {run} --score FILES")
         return
     evaluation.evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import os
 import sys
 import time
@@ -28,6 +29,17 @@ def generator(*key: int) -> torch.Generator:
     """
     seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator().manual_seed(seed)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count: int, *key: int) -> np.ndarray:
+    """0..count-1 in an order that depends on `key` alone: seed, purpose, epoch. Read-only.
+
+    Kept from step to step: shuffling all patches of a data set anew would cost milliseconds each.
+    """
+    order = np.random.default_rng(key).permutation(count)
+    order.setflags(write=False)
+    return order
 
 
 def pick_device(name: str) -> str:
@@ -207,7 +219,7 @@ class Meter:
     """
 
     def __init__(self, done: int, total: int, images: int, device: torch.device) -> None:
-        self.done, self.total, self.images, self.device = done, total, images, device
+        self.total, self.images, self.device = total, images, device
         self.rate = float("nan")  # images a second, from the second step of this process on
         self.first = done + 1
         self.began = self.shown = time.monotonic()

@@ -100,7 +100,7 @@ _OURS = {"padim": "PMSACL - PaDiM", "igd": "PMSACL - IGD"}  # our row -> the pap
 
 
 def write_results(run: Path, results: Mapping[str, Any]) -> None:
-    """results.json as given, and results.md in the paper's column order."""
+    """results.json as given; results.md in the paper's column order if a detector was measured."""
     content = json.dumps(
         results,
         indent=2,
@@ -108,7 +108,13 @@ def write_results(run: Path, results: Mapping[str, Any]) -> None:
         default=lambda v: v.item() if isinstance(v, np.generic) else str(v),
     )
     write_file(run / "results.json", f"{content}\n".encode())
-    write_file(run / "results.md", results_table(results).encode())
+    if measured(results):
+        write_file(run / "results.md", results_table(results).encode())
+
+
+def measured(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The measures of each detector among the entries of results.json."""
+    return {k: v for k, v in results.items() if isinstance(v, dict) and "image_auroc" in v}
 
 
 def results_table(results: Mapping[str, Any]) -> str:
@@ -117,7 +123,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     The paper's row stands below ours only if Dataset.layout says that the data set is
     Hyper-Kvasir: the paper's archive, or the site's images, of which it is a draw.
     """
-    rows = {k: v for k, v in results.items() if isinstance(v, dict) and "image_auroc" in v}
+    rows = measured(results)
     first = next(iter(rows.values()))
     origin, count = first.get("data", {"layout": "layout not said", "root": "-"}), first["images"]
     ours = _OURS if origin["layout"].replace("-", "").lower().startswith("hyperkvasir") else {}
