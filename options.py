@@ -99,6 +99,8 @@ class Config:
             raise _bad(self, "local", f"no at --image-size {self.image_size}")
         if not 0 <= self.crop_area <= 1:
             raise _bad(self, "crop_area", "from 0 to 1")
+        if self.strong == "permutation" and self.classes > len(medmix.TILES):
+            raise _bad(self, "classes", f"{len(medmix.TILES)} or below with --strong permutation")
         _check_method(self)
         positive_scale(self)  # a word or a number
         lesion_area(self)  # two numbers
