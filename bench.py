@@ -21,6 +21,7 @@ import torch
 import pmsacl
 from detectors import PaDiM
 from encoder import ResNet18, channels_last, normalise, to_unit
+from igd import IGD, Training
 from run import generator
 
 
@@ -73,6 +74,47 @@ def scoring(batch: int, rounds: int) -> tuple[float, float, float]:
     return paired(lambda: detector.score(images[:batch]), bare, rounds)
 
 
+def igd_step(side: int, width: int, rounds: int) -> tuple[float, float, float]:
+    """A step of IGD's global model against its networks' bare passes over as many images."""
+    images = np.random.default_rng(0).integers(0, 255, (32, 3, side, side), np.uint8)
+    detector = IGD(ResNet18(), image_size=side, width=width)
+    training = Training(detector, "global", images, None)
+    training.model.train()
+    training.estimate()
+    draws = generator(0)
+    x = channels_last(torch.rand(detector.batch_size, 3, side, side, generator=draws))
+    made = channels_last(torch.rand(2 * len(x), 3, side, side, generator=draws))
+
+    def bare() -> None:
+        for optimiser in training.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+        z = training.model.encode(x)
+        decoded = training.model.decode(torch.cat([z, z]))
+        training.judge.requires_grad_(False)
+        (training.judge(decoded[: len(x)]).sum() + decoded.sum()).backward()
+        training.judge.requires_grad_(True)
+        training.judge(made).sum().backward()
+
+    steps = iter(range(10**6))
+
+    def ours() -> None:
+        epoch, position = divmod(next(steps), training.steps)
+        training.step(epoch, position)
+
+    return paired(ours, bare, rounds)
+
+
+def igd_scoring(rounds: int) -> tuple[float, float, float]:
+    """IGD's global and local model, 225 patches, against PaDiM, an image of 256 px."""
+    images = np.random.default_rng(0).integers(0, 255, (8, 3, 256, 256), np.uint8)
+    network = ResNet18().eval()
+    channels_last(network)
+    igd, padim = IGD(network, network), PaDiM(network).fit(images)
+    for model in igd.models.values():
+        model.sigma2.fill_(1.0)
+    return paired(lambda: igd.score(images[:1]), lambda: padim.score(images[:1]), rounds)
+
+
 def augmentation(side: int, batch: int) -> float:
     """Views a second: MedMix classes 0 to 3 and two weak views of each."""
     x = torch.rand(batch, 3, side, side, generator=generator(0))
@@ -91,6 +133,9 @@ def main() -> None:
         ("training step, 256 views, 64 px / encoder forward and backward", training_step(7)),
         ("PaDiM score, 1 image, 256 px / layers 1-3", scoring(1, 15)),
         ("PaDiM score, 8 images, 256 px / layers 1-3", scoring(8, 7)),
+        ("IGD step, 16 images, 64 px, width 8 / its networks' passes", igd_step(64, 8, 7)),
+        ("IGD step, 16 images, 128 px, width 16 / its networks' passes", igd_step(128, 16, 3)),
+        ("IGD score, 1 image, 256 px, 225 patches / PaDiM's", igd_scoring(3)),
     ):
         rows.append([name, f"{1e3 * ours:.1f}", f"{1e3 * bare:.1f}", f"{ratio:.2f}", machine])
         print(f"{name}: {1e3 * ours:.1f} ms / {1e3 * bare:.1f} ms = {ratio:.2f}", flush=True)

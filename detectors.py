@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import progress
-from encoder import ResNet18, channels_last, normalise, to_unit
+from encoder import BasicBlock, ResNet18, channels_last, normalise, to_unit
 from igd import IGD, read_state
 from kernels.mahalanobis import mahalanobis
 from run import save_atomically
@@ -132,6 +132,29 @@ def folded(network: ResNet18) -> ResNet18:
     return network
 
 
+class Chosen(nn.Module):
+    """Some channels of a map: (B, C, H, W) -> (B, K, H, W)."""
+
+    def __init__(self, channels: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("channels", channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.channels)  # type: ignore[arg-type]
+
+
+def prune(network: ResNet18, channels: Tensor) -> None:
+    """Let a folded network compute only these channels of layer3, the last that PaDiM reads.
+
+    All of its last convolution would be 6% of the work of layers 1-3.
+    """
+    last = network.layer3[1]
+    assert isinstance(last, BasicBlock) and last.conv2.bias is not None
+    last.downsample = Chosen(channels)  # type: ignore[assignment]
+    last.conv2.weight = nn.Parameter(last.conv2.weight[channels], requires_grad=False)
+    last.conv2.bias = nn.Parameter(last.conv2.bias[channels], requires_grad=False)
+
+
 class PaDiM:
     """s(x_p) = sqrt((x_p - mu_p)^T Sigma_p^-1 (x_p - mu_p)) over the positions p.   [P:(13)]
 
@@ -158,13 +181,22 @@ class PaDiM:
         if not (eps >= 0 and sigma >= 0 and math.isfinite(eps + sigma)):
             raise ValueError(f"eps and sigma must be 0 or above, got {eps} and {sigma}")
         self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
-        self.network = folded(self.backbone)
-        channels_last(self.network)
         self.device = self.backbone.conv1.weight.device
-        generator = torch.Generator().manual_seed(seed)
-        self.channels = torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values
         self.eps, self.sigma, self.size = eps, sigma, 0
         self.mean = self.whitening = self.upsampling = torch.empty(0)
+        generator = torch.Generator().manual_seed(seed)
+        self._choose(torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values)
+
+    def _choose(self, channels: Tensor) -> None:
+        self.channels = channels  # (D,) of the 448, ascending
+        of_layer = torch.bucketize(channels, torch.tensor(LAYERS).cumsum(0), right=True)
+        first = torch.tensor((0, *LAYERS)).cumsum(0)
+        chosen = [channels[of_layer == i] - first[i] for i in range(len(LAYERS))]
+        self.chosen = [c.to(self.device) for c in chosen]
+        self.network = folded(self.backbone)
+        if len(chosen[-1]):
+            prune(self.network, self.chosen[-1])
+        channels_last(self.network)
 
     @torch.no_grad()
     def embeddings(self, images: np.ndarray | Tensor) -> Tensor:
@@ -182,17 +214,14 @@ class PaDiM:
         for k in range(0, len(images), step):
             batch = normalise(to_unit(images[k : k + step], self.device))
             stages = self.network.stages(channels_last(batch), last=3)
-            first = used = 0
-            for layer in stages:
-                chosen = self.channels[
-                    (self.channels >= first) & (self.channels < first + layer.shape[1])
-                ]
-                features = layer.permute(0, 2, 3, 1).index_select(
-                    3, (chosen - first).to(self.device)
-                )
+            used = 0
+            for layer, chosen in zip(stages, self.chosen, strict=True):  # (B, C, side, side)
+                features = layer.permute(0, 2, 3, 1)
+                if len(chosen) < features.shape[3]:  # not of layer3, which is pruned to them
+                    features = features.index_select(3, chosen)
                 at = torch.arange(h, device=self.device) * layer.shape[2] // h  # (h,)
                 x[k : k + step, ..., used : used + len(chosen)] = features[:, at[:, None], at]
-                first, used = first + layer.shape[1], used + len(chosen)
+                used += len(chosen)
         return x.flatten(1, 2)  # (B, P, D)
 
     def fit(self, images: ArrayLike | Tensor) -> PaDiM:
@@ -266,7 +295,8 @@ class PaDiM:
         detector = cls(
             backbone, channels=len(state["channels"]), eps=state["eps"], sigma=state["sigma"]
         )
-        detector.channels, detector.mean = state["channels"].cpu(), state["mean"]
+        detector._choose(state["channels"].cpu())
+        detector.mean = state["mean"]
         p, d = detector.mean.shape
         lower = torch.tril_indices(d, d)
         detector.whitening = torch.zeros(p, d, d, device=device)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import detectors
-from detectors import PaDiM, moments, upsampling, whitening
+from detectors import PaDiM, folded, moments, upsampling, whitening
 from encoder import ResNet18, normalise, to_unit
 from kernels.mahalanobis import mahalanobis
 
@@ -122,7 +122,7 @@ def test_one_image_at_a_time_scores_as_a_batch_does(backbone):
 
 @pytest.mark.parametrize("size", [32, 64, 52])
 def test_embeddings_are_the_concatenated_layers_at_layer1s_positions(backbone, size):
-    """Choosing channels before upsampling changes no bit, folding batch norm only the last ones."""
+    """Choosing channels early changes no bit of layers 1, 2; folding and pruning only the last."""
     network = copy.deepcopy(backbone).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -140,10 +140,24 @@ def test_embeddings_are_the_concatenated_layers_at_layer1s_positions(backbone, s
         whole = torch.cat([F.interpolate(s, size=side, mode="nearest") for s in stages], dim=1)
         return whole[:, detector.channels].flatten(2).mT  # (B, P, D)
 
-    got = detector.embeddings(x)
-    assert torch.equal(got, concatenated(detector.network))
+    got, plain = detector.embeddings(x), concatenated(folded(network))
+    first = detector.channels < 64 + 128  # of layers 1 and 2
+    assert torch.equal(got[..., first], plain[..., first])
+    torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6 * float(plain.max()))
     want = concatenated(network)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.max()))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_channels_of_a_single_layer_are_enough(backbone, layer):
+    first = sum(detectors.LAYERS[:layer])
+    detector = PaDiM(backbone, channels=2)
+    detector._choose(torch.arange(first, first + 2))
+    with torch.no_grad():
+        stages = folded(detector.backbone).stages(normalise(to_unit(images(2), DEVICE)), last=3)
+    want = F.interpolate(stages[layer][:, :2], size=stages[0].shape[2:], mode="nearest")
+    want = want.flatten(2).mT
+    torch.testing.assert_close(detector.embeddings(images(2)), want, rtol=1e-4, atol=1e-5)
 
 
 @st.composite

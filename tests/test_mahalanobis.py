@@ -116,7 +116,7 @@ def test_many_channels(B, D):
 
 
 def test_float64_stays_float64_and_steps_of_positions_join(monkeypatch):
-    monkeypatch.setattr(mahalanobis, "POSITIONS", 3)
+    monkeypatch.setattr(mahalanobis, "SCRATCH", 3 * 4 * 6)
     case = tuple(t.double() for t in make_case(4, 7, 6, seed=5)[:3])  # steps of 3, 3 and 1
     got = mahalanobis.mahalanobis(*case, backend="torch")
     torch.testing.assert_close(got, mahalanobis_ref(*case), rtol=1e-13, atol=0)
