@@ -61,6 +61,8 @@ class Config:
     detector: str = _option("padim", "padim, igd or both")
     local: str = _option("auto", "IGD's local model: yes, no or auto (above 64 px) [P:§4.2]")
     igd_epochs: int = _option(256, "of IGD's own training                      [P!§4.2 R21]")
+    igd_batch_size: int = _option(16, "images in a step of it                  [P!§4.2 R21]")
+    igd_lr: float = _option(1e-4, "of IGD's Adam, at the start                 [P!§4.2 R21]")
     igd_width: int = _option(64, "channels of IGD's decoder and critic at full size   [R21]")
     paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
     skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
@@ -82,14 +84,14 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise _bad(self, name, f"one of {', '.join(filter(None, allowed))}")
-        for name in ("tau", "alpha", "lr", "lr_end", "local_lr"):
+        for name in ("tau", "alpha", "lr", "lr_end", "local_lr", "igd_lr"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise _bad(self, name, "above 0")
         for name in ("centre_weight", "jitter", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise _bad(self, name, "0 or above")
         least = {"classes": 1, "warmup_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0}
-        least |= {"igd_epochs": 1, "igd_width": 1}
+        least |= {"igd_epochs": 1, "igd_batch_size": 2, "igd_width": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise _bad(self, name, f"{lowest} or above")
@@ -133,7 +135,15 @@ def _bad(config: Config, name: str, wanted: str) -> ValueError:
 PRESETS: dict[str, dict[str, int | float]] = {
     "paper": {},  # section 4.2, the defaults above
     # what a CPU finishes in minutes
-    "quick": {"image_size": 64, "batch_size": 16, "epochs": 8, "igd_epochs": 30, "igd_width": 8},
+    "quick": {
+        "image_size": 64,
+        "batch_size": 16,
+        "epochs": 8,
+        "igd_epochs": 40,
+        "igd_batch_size": 8,
+        "igd_lr": 1e-3,
+        "igd_width": 8,
+    },
 }
 
 

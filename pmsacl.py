@@ -593,6 +593,8 @@ def train_igd(
         patches.backbone if patches else None,
         image_size=config.image_size,
         epochs=config.igd_epochs,
+        batch_size=config.igd_batch_size,
+        lr=config.igd_lr,
         width=config.igd_width,
         seed=config.seed,
     )
