@@ -112,7 +112,7 @@ def folder_of(config: Config, out: Path) -> Path:
     for file in sorted(out.glob("*/config.json")):
         if _same(config, json.loads(file.read_text()), file.parent):
             return file.parent
-    settings = dataclasses.asdict(config) | {"out": "", "device": "", "preset": ""}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _idle(config)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return out / f"{_dataset(config)}-{config.method}-{digest}-seed{config.seed}"
 
@@ -120,8 +120,14 @@ def folder_of(config: Config, out: Path) -> Path:
 def _same(config: Config, saved: Mapping[str, Any], folder: Path) -> bool:
     """Are the settings those of a saved config.json? One that it lacks had its default."""
     wanted = dataclasses.asdict(config) | {"data": config.data or str(folder / "phantom")}
-    names = wanted.keys() - {"out", "device", "preset"}
+    names = wanted.keys() - _idle(config)
     return all(saved.get(name, getattr(Config, name)) == wanted[name] for name in names)
+
+
+def _idle(config: Config) -> set[str]:
+    """Options that change nothing in the run's numbers."""
+    of_igd = {n for n in Config.__dataclass_fields__ if n.startswith(("igd_", "local"))}
+    return {"out", "device", "preset"} | (of_igd if config.detector == "padim" else set())
 
 
 def _dataset(config: Config) -> str:

@@ -324,6 +324,8 @@ def test_weights_load_from_a_file_and_a_wrong_file_is_named(tmp_path):
         ({"batch_size": 1}, "--batch-size"),
         ({"weight_decay": -1.0}, "--weight-decay"),
         ({"epochs": 0}, "--epochs"),
+        ({"strong": "permutation", "classes": 9}, "--classes"),
+        ({"igd_lr": 0.0}, "--igd-lr"),
     ],
 )
 def test_an_impossible_setting_is_refused_by_its_options_name(changes, named):
