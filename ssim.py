@@ -68,8 +68,7 @@ def ssim_maps(
 
     With s = x + y and d = x - y the two fractions are l = 1 - mu_d^2 / (... + C1) and
     cs = 1 - var_d / (... + C2): four averages instead of five, and never above 1 by rounding. The
-    means are subtracted before squaring, or the variance of a bright flat region would cancel. The
-    window is a band matrix on each side: matrix products are faster than convolutions here.
+    means are subtracted before squaring, or the variance of a bright flat region would cancel.
 
     returns: K pairs of maps (B, C, S / 2^k - window + 1, same).
     """
@@ -80,6 +79,7 @@ def ssim_maps(
     with torch.autocast(x.device.type, enabled=False):
         x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
         t = torch.stack([x + y, x - y])  # s, d: (2, B, C, S, S)
+        g = _window(window, t)
         for k in range(scales):
             if min(t.shape[3:]) < window:
                 raise ValueError(
@@ -88,8 +88,7 @@ def ssim_maps(
                 )
             shift = t.detach().mean(dim=(3, 4), keepdim=True)
             r = t - shift
-            rows, columns = (_window(side, window, t) for side in t.shape[3:])
-            mean, square = rows @ torch.stack([r, r * r]) @ columns.T  # (2, B, C, H, W) each
+            mean, square = Average.apply(torch.stack([r, r * r]), g)  # (2, B, C, H, W) each
             var_s, var_d = (square - mean * mean).clamp(min=0)
             mu_s, mu_d = (mean + shift).square()
             luminance = 1 - mu_d / ((mu_s + mu_d) / 2 + c_1)
@@ -100,15 +99,39 @@ def ssim_maps(
     return maps
 
 
-def _window(side: int, window: int, like: Tensor) -> Tensor:
-    """(side - window + 1, side): each row the Gaussian window at one place."""
+class Average(torch.autograd.Function):
+    """The mean under a window at each place that holds it: (..., H, W) -> (..., H-w+1, W-w+1).
+
+    Sums along columns, then rows, with each map a group of its own. The window is symmetric, so the
+    gradient is the same mean of the padded gradient: a quarter of the time of a convolution's.
+
+    t: (..., H, W).   g: (w,), symmetric; the window is its outer product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(g)
+        return _average(t, g)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (g,), (gradient,) = ctx.saved_tensors, gradients
+        return _average(F.pad(gradient, 4 * (len(g) - 1,)), g), None
+
+
+def _average(t: Tensor, g: Tensor) -> Tensor:
+    maps = t.reshape(1, -1, *t.shape[-2:])  # (1, maps, H, W)
+    kernel = g.expand(maps.shape[1], 1, 1, -1)
+    maps = F.conv2d(maps, kernel.mT, groups=maps.shape[1])
+    maps = F.conv2d(maps, kernel, groups=maps.shape[1])
+    return maps.view(*t.shape[:-2], *maps.shape[-2:])
+
+
+def _window(window: int, like: Tensor) -> Tensor:
+    """(window,): a Gaussian of sigma 1.5 that sums to 1."""
     offset = torch.arange(window, dtype=torch.float64, device=like.device) - window // 2
     g = torch.exp(-(offset**2) / (2 * 1.5**2))
-    at = torch.arange(side - window + 1, device=like.device)[:, None] + torch.arange(
-        window, device=like.device
-    )
-    band = torch.zeros(len(at), side, dtype=torch.float64, device=like.device)
-    return band.scatter_(1, at, (g / g.sum()).expand(at.shape)).to(like.dtype)
+    return (g / g.sum()).to(like.dtype)
 
 
 def residual_map(
