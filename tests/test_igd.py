@@ -15,22 +15,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 import detectors
-import igd
-from encoder import ResNet18
+from autoencoder import AutoEncoder, Z, critic, widths
+from encoder import POOLED, ResNet18
 from igd import (
     IGD,
-    AutoEncoder,
     Training,
     anomaly_likelihood,
     anomaly_score,
-    critic,
     critic_loss,
     fold,
     gaussian,
     interpolate,
     reconstruction_error,
     unfold,
-    widths,
 )
 from ssim import ms_ssim, residual_map, setting
 
@@ -43,7 +40,7 @@ class Small(nn.Module):
         torch.manual_seed(seed)
         self.conv1 = nn.Conv2d(3, 8, 5, 4)
         self.bn1 = nn.BatchNorm2d(8)
-        self.wide = nn.Linear(8, igd.POOLED)
+        self.wide = nn.Linear(8, POOLED)
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
         return self.wide(self.bn1(self.conv1(x)).relu().mean(dim=(2, 3)))
@@ -82,8 +79,8 @@ def test_eq_10_mixes_reconstruction_and_likelihood():
 
 def test_eq_10_as_printed_ranks_a_far_sample_as_normal():
     """R7: h grows with the distance, so (1 - h) in the score would reward it."""
-    mu, sigma2 = torch.zeros(igd.Z), torch.tensor(4.0)
-    near, far = torch.full((1, igd.Z), 0.01), torch.full((1, igd.Z), 3.0)
+    mu, sigma2 = torch.zeros(Z), torch.tensor(4.0)
+    near, far = torch.full((1, Z), 0.01), torch.full((1, Z), 3.0)
     h = anomaly_likelihood(torch.cat([near, far]), mu, sigma2)
     rec = torch.tensor([0.1, 0.1])
     printed = 0.1 * rec + 0.9 * (1 - h)
@@ -158,7 +155,7 @@ def test_decoder_and_critic_follow_the_image_size(size, blocks):
     assert len(channels) == blocks + 1 and side << blocks == size and max(channels) <= 32
     gen = torch.Generator().manual_seed(0)
     model = AutoEncoder(Small(), size, 1, gen)  # type: ignore[arg-type]
-    y = model.decode(torch.randn(2, igd.Z, generator=gen))
+    y = model.decode(torch.randn(2, Z, generator=gen))
     assert y.shape == (2, 3, size, size) and 0 <= y.min() and y.max() <= 1
     d = critic(size, 1, gen)(y)
     assert d.shape == (2,) and d.isfinite().all()
@@ -194,7 +191,7 @@ def test_scores_and_heat_maps_agree_with_a_loop_over_patches(local, heat_map):
     x = torch.from_numpy(images(2, 64)).float().to(DEVICE) / 255
     gen = torch.Generator().manual_seed(0)
     for model in detector.models.values():
-        model.mu.copy_(0.1 * torch.randn(igd.Z, generator=gen))
+        model.mu.copy_(0.1 * torch.randn(Z, generator=gen))
         model.sigma2.fill_(3.0)
     maps, scores = detector.score(x)
     for b in range(2):
@@ -259,7 +256,7 @@ def test_training_learns_the_normal_images_and_fine_tunes_a_copy():
 
 def test_a_small_sigma_does_not_saturate_the_gaussian():
     """Without a least sigma^2 the collapsing z would leave h at 1, and its gradient at 0."""
-    z = 1e-3 * torch.randn(4, igd.Z, generator=torch.Generator().manual_seed(0))
+    z = 1e-3 * torch.randn(4, Z, generator=torch.Generator().manual_seed(0))
     drifted = (z + 0.02).requires_grad_()
     sigma2 = {}
     for least in (0.0, 1.0):
