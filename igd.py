@@ -151,7 +151,8 @@ class IGD:
     local: InitVar[ResNet18 | None] = None
     _: KW_ONLY
     image_size: int = 256  # S, pixels                                          [P:§4.2]
-    epochs: int = 256  # of each model                                          [I:code]
+    epochs: int = 256  # of the global model                                    [I:code]
+    local_epochs: int = 256  # of the local model, over all patches             [I:code]
     batch_size: int = 16  # images in a step of the global model
     patches: int = 450  # in a step of the local model: 2 x 225                 [I:code]
     stride: int = 16  # pixels between patches                                  [I:code]
@@ -199,7 +200,8 @@ class IGD:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.sigma2_least < math.inf:
             raise ValueError(f"sigma2_least must be 0 or above, got {self.sigma2_least}")
-        least = {"epochs": 1, "batch_size": 2, "patches": 2, "stride": 1, "width": 1, "interval": 1}
+        least = {"epochs": 1, "local_epochs": 1, "batch_size": 2, "patches": 2}
+        least |= {"stride": 1, "width": 1, "interval": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be {lowest} or above, got {getattr(self, name)}")
@@ -389,7 +391,8 @@ class Training:
         self.count = len(images) * (1 if name == "global" else self.places**2)
         self.batch = min(igd.batch_size if name == "global" else igd.patches, self.count)
         self.steps = self.count // self.batch  # an epoch; the last partial batch is left out
-        self.total = self.steps * igd.epochs
+        self.epochs = igd.epochs if name == "global" else igd.local_epochs
+        self.total = self.steps * self.epochs
 
         def adam(network: nn.Module, decay: float) -> torch.optim.Adam:
             weights = network.parameters()
@@ -411,7 +414,7 @@ class Training:
                 self.estimate()
             means = self.step(epoch, position)
             last = position + 1 == self.steps
-            where = f"IGD {self.name} epoch {epoch + 1}/{self.igd.epochs}"
+            where = f"IGD {self.name} epoch {epoch + 1}/{self.epochs}"
             meter.show(self.step_done, where, means, last=last)
             if last:
                 self.log.append({"epoch": epoch + 1, **means, "images_per_second": meter.rate})

@@ -61,7 +61,9 @@ class Config:
     detector: str = _option("padim", "padim, igd or both")
     local: str = _option("auto", "IGD's local model: yes, no or auto (above 64 px) [P:§4.2]")
     igd_epochs: int = _option(256, "of IGD's own training                      [P!§4.2 R21]")
+    igd_local_epochs: int = _option(256, "of its local model, over all patches     [P!§4.2 R21]")
     igd_batch_size: int = _option(16, "images in a step of it                  [P!§4.2 R21]")
+    igd_patches: int = _option(450, "in a step of the local model               [P!§4.2 R21]")
     igd_lr: float = _option(1e-4, "of IGD's Adam, at the start                 [P!§4.2 R21]")
     igd_width: int = _option(64, "channels of IGD's decoder and critic at full size   [R21]")
     paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
@@ -91,13 +93,14 @@ class Config:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise _bad(self, name, "0 or above")
         least = {"classes": 1, "warmup_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0}
-        least |= {"igd_epochs": 1, "igd_batch_size": 2, "igd_width": 1}
+        least |= {"igd_epochs": 1, "igd_local_epochs": 1, "igd_batch_size": 2, "igd_patches": 2}
+        least |= {"igd_width": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise _bad(self, name, f"{lowest} or above")
         if self.image_size < 32 or self.image_size % 32:
             raise _bad(self, "image_size", "a multiple of 32, 32 or above")
-        if self.local == "yes" and self.image_size < 64:
+        if self.local == "yes" and self.detector != "padim" and self.image_size < 64:
             raise _bad(self, "local", f"no at --image-size {self.image_size}")
         if not 0 <= self.crop_area <= 1:
             raise _bad(self, "crop_area", "from 0 to 1")
@@ -132,15 +135,18 @@ def _bad(config: Config, name: str, wanted: str) -> ValueError:
     return ValueError(f"{option} must be {wanted}, got {getattr(config, name)!r}")
 
 
-PRESETS: dict[str, dict[str, int | float]] = {
+PRESETS: dict[str, dict[str, int | float | str]] = {
     "paper": {},  # section 4.2, the defaults above
     # what a CPU finishes in minutes
     "quick": {
         "image_size": 64,
         "batch_size": 16,
         "epochs": 8,
-        "igd_epochs": 40,
+        "local": "yes",
+        "igd_epochs": 20,
+        "igd_local_epochs": 6,
         "igd_batch_size": 8,
+        "igd_patches": 72,
         "igd_lr": 1e-3,
         "igd_width": 8,
     },

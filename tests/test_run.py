@@ -166,6 +166,7 @@ def test_presets_give_way_to_options(tmp_path):
 def test_igd_shares_the_pre_training_and_resumes(images, tmp_path):
     run = tmp_path / "both"
     options = "--detector both --local yes --image-size 64 --igd-epochs 1 --epochs 1".split()
+    options += "--igd-local-epochs 1 --igd-width 4".split()
     arguments = ["--data", str(images), "--out", str(run), *TINY, *options]
     assert pmsacl.main(arguments) == 0
     results = json.loads((run / "results.json").read_text())
