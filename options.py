@@ -60,9 +60,9 @@ class Config:
     weight_decay: float = _option(3e-4, "of SGD                                  [P!§4.2 R15]")
     detector: str = _option("padim", "padim, igd or both")
     local: str = _option("auto", "IGD's local model: yes, no or auto (above 64 px) [P:§4.2]")
-    igd_epochs: int = _option(256, "of IGD's own training                      [P!§4.2 R21]")
-    igd_local_epochs: int = _option(256, "of its local model, over all patches     [P!§4.2 R21]")
-    igd_batch_size: int = _option(16, "images in a step of it                  [P!§4.2 R21]")
+    igd_epochs: int = _option(256, "of IGD's global model                        [P!§4.2 R21]")
+    igd_local_epochs: int = _option(256, "of its local model, over all patches    [P!§4.2 R21]")
+    igd_batch_size: int = _option(16, "images in a step of the global model    [P!§4.2 R21]")
     igd_patches: int = _option(450, "in a step of the local model               [P!§4.2 R21]")
     igd_lr: float = _option(1e-4, "of IGD's Adam, at the start                 [P!§4.2 R21]")
     igd_width: int = _option(64, "channels of IGD's decoder and critic at full size   [R21]")
@@ -247,7 +247,10 @@ def settle(given: dict[str, Any]) -> Config:
     device = pick_device(given.get("device", "auto"))
     method = baselines.METHODS.get(given.get("method", Config.method), {})
     settled = {"preset": preset, "device": device}
-    return Config(**(start | PRESETS[preset] | method | given | settled))
+    merged: dict[str, Any] = start | PRESETS[preset] | method | given | settled
+    if merged.get("image_size", Config.image_size) < 64 and "local" not in given:
+        merged["local"] = "auto"
+    return Config(**merged)
 
 
 def default_run(source: str, newest: bool) -> Path:

@@ -246,7 +246,7 @@ def loss_terms(
 # --- the procedure: centres, then stochastic gradient descent ----------------------------------
 
 HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pretext task
-WATCHED_VIEWS = 400  # of them, at least: an accuracy of 0.25 is then within 0.02
+WATCHED_VIEWS = 400  # of these, or more: an accuracy of 0.25 then has a deviation of 0.02
 SAVE_EVERY = 60.0  # seconds between checkpoints
 RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
 
@@ -272,13 +272,14 @@ class Pretraining:
         self.device = torch.device(config.device)
         self.rank, world = ranks()
         n = len(images)
-        held = min(64, max(config.batch_size // 2, round(HELD_BACK * n)), n // 4)
+        held = max(2, min(64, max(config.batch_size // 2, round(HELD_BACK * n)), n // 4))
         order = np.random.default_rng([config.seed, 1]).permutation(n)
         self.watched, self.trained = order[:held], order[held:]
         self.batch = min(config.batch_size, len(self.trained)) // world  # images of this process
         if self.batch < 2:
             raise ValueError(
-                f"{n} training images for {world} process(es): a batch needs two images or more"
+                f"{n} training images for {world} process(es): a batch needs two or more, and "
+                f"{held} are held back"
             )
         self.global_batch = self.batch * world
         self.steps = len(self.trained) // self.global_batch  # an epoch; no partial batch

@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels import choose_backend, tl, triton
 
 MAX_D = 1024
-SCRATCH = 2**20  # values of a step of the torch path, so that they stay in the cache
+SCRATCH = 2**20  # values in each buffer of a step of the torch path
 FEW = 4  # images; measured on a CPU at D = 100
 
 # ---------------------------------------------------------------------------- reference
@@ -47,7 +47,8 @@ def _torch_distance(x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
     The scratch is reused: fresh pages for (B, P, D) would cost as much as the products.
     """
     (B, P, D), dtype = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
-    step = max(1, min(P, SCRATCH // (B * D)))
+    wide = B * D if whitening.dtype == dtype else max(B, D) * D  # else W is converted by the step
+    step = max(1, min(P, SCRATCH // wide))
     out = torch.empty(P, B, dtype=dtype, device=x.device)
     delta, y = torch.empty(2, step, B, D, dtype=dtype, device=x.device)
     few = B <= FEW  # then W delta^T is up to 1.7 times as fast as delta W^T

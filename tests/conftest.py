@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+torch.backends.cudnn.allow_tf32 = False  # or convolutions differ from one another by 1e-3
 # Also fills torch.empty with NaN, so that an element nobody wrote cannot look right.
 torch.use_deterministic_algorithms(True, warn_only=True)
 

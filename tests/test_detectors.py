@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import detectors
 from detectors import PaDiM, folded, moments, upsampling, whitening
-from encoder import ResNet18, normalise, to_unit
+from encoder import ResNet18, channels_last, normalise, to_unit
 from kernels.mahalanobis import mahalanobis
 
 
@@ -140,7 +140,7 @@ def test_embeddings_are_the_concatenated_layers_at_layer1s_positions(backbone, s
         whole = torch.cat([F.interpolate(s, size=side, mode="nearest") for s in stages], dim=1)
         return whole[:, detector.channels].flatten(2).mT  # (B, P, D)
 
-    got, plain = detector.embeddings(x), concatenated(folded(network))
+    got, plain = detector.embeddings(x), concatenated(channels_last(folded(network)))
     first = detector.channels < 64 + 128  # of layers 1 and 2
     assert torch.equal(got[..., first], plain[..., first])
     torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6 * float(plain.max()))
@@ -257,7 +257,7 @@ def test_the_same_seed_gives_the_same_detector_and_the_network_is_a_copy(backbon
 
 def test_a_saved_detector_scores_bit_for_bit_the_same(backbone, tmp_path):
     test = images(3, seed=1)
-    detector = PaDiM(backbone, channels=17, sigma=3.0).fit(images(6))
+    detector = PaDiM(backbone, channels=17, sigma=3.0, seed=5).fit(images(6))
     detector.save(tmp_path / "detector.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["detector.pt"]
     for loaded in (

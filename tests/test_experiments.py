@@ -120,7 +120,9 @@ def test_runs_are_found_again_by_their_settings(tmp_path):
     assert experiments.folder_of(a, tmp_path) == folder
     assert experiments.folder_of(config(lesion_area="0.01,0.02"), tmp_path) != folder
     assert experiments.folder_of(config(igd_epochs=3, local="no"), tmp_path) == folder  # PaDiM
-    assert experiments.folder_of(config(detector="igd"), tmp_path) != folder
+    igd = finished(tmp_path, config(detector="igd"), 0.5)
+    assert igd != folder and experiments.folder_of(config(detector="igd"), tmp_path) == igd
+    assert experiments.folder_of(config(detector="igd", igd_epochs=3), tmp_path) != igd
 
 
 def test_means_and_deviations_are_over_the_seeds(tmp_path):

@@ -115,9 +115,10 @@ def test_many_channels(B, D):
     assert_within(mahalanobis.mahalanobis(x, mean, W, backend="triton"), want, budget(x, mean, W))
 
 
-def test_float64_stays_float64_and_steps_of_positions_join(monkeypatch):
-    monkeypatch.setattr(mahalanobis, "SCRATCH", 3 * 4 * 6)
-    case = tuple(t.double() for t in make_case(4, 7, 6, seed=5)[:3])  # steps of 3, 3 and 1
+@pytest.mark.parametrize("B", [mahalanobis.FEW, mahalanobis.FEW + 1])
+def test_float64_stays_float64_and_steps_of_positions_join(B, monkeypatch):
+    monkeypatch.setattr(mahalanobis, "SCRATCH", 3 * B * 6)
+    case = tuple(t.double() for t in make_case(B, 7, 6, seed=5)[:3])  # steps of 3, 3 and 1
     got = mahalanobis.mahalanobis(*case, backend="torch")
     torch.testing.assert_close(got, mahalanobis_ref(*case), rtol=1e-13, atol=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -307,6 +308,24 @@ def test_weights_load_from_a_file_and_a_wrong_file_is_named(tmp_path):
     (tmp_path / "text.pt").write_text("not weights")
     with pytest.raises(ValueError, match="text.pt"):
         start_weights(target, str(tmp_path / "text.pt"))
+
+
+def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypatch):
+    config = pmsacl.Config(image_size=32, batch_size=2, init="random", device="cpu")
+    training = pmsacl.Pretraining(np.zeros((4, 3, 32, 32), np.uint8), config)
+    assert len(training.watched) == 2 and len(training.trained) == 2
+    views_of, seen = training.views_of, []
+
+    def watched(*arguments):
+        views, n = views_of(*arguments)
+        seen.append(views)
+        return views, n
+
+    monkeypatch.setattr(training, "views_of", watched)
+    training.health()
+    assert 400 <= sum(map(len, seen)) < 400 + 16 and len(seen) == 25
+    with pytest.raises(ValueError, match="3 training images"):
+        pmsacl.Pretraining(np.zeros((3, 3, 32, 32), np.uint8), config)
 
 
 # --- config ------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def test_too_few_training_images(tmp_path, images):
     root = folder_with(tmp_path, images)
     for path in sorted((root / "train/good").iterdir())[1:]:
         path.unlink()
-    fails(tmp_path, "two images or more")
+    fails(tmp_path, "needs two or more")
 
 
 def test_unknown_option_value_unwritable_output_and_missing_data(tmp_path, images):
