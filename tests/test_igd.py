@@ -56,6 +56,7 @@ def images(n: int, size: int = 32, seed: int = 0) -> np.ndarray:
 
 def small(local: bool = False, **settings) -> IGD:
     settings = {"image_size": 32, "width": 2, "batch_size": 4, "epochs": 2} | settings
+    settings = {"local_epochs": settings["epochs"]} | settings
     networks = [Small(i).to(DEVICE) for i in range(1 + local)]
     return IGD(*networks, **settings)  # type: ignore[arg-type]
 
