@@ -1,7 +1,7 @@
 """IGD's networks: the auto-encoder of images or patches and the critic.   [P:§3.3]
 
-`[I:code]` is the code of Chen et al., "Deep One-Class Classification via Interpolated Gaussian
-Descriptor", 2022. The losses that train the networks are in igd.py.
+`[I:...]` is Chen et al., "Deep One-Class Classification via Interpolated Gaussian Descriptor",
+2022, as in igd.py, where the losses that train the networks are.
 
 Sizes: B images or patches, S pixels a side, Z = 128 features of the latent space.
 """

@@ -11,6 +11,7 @@ layer1), D channels, h = S/4.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -185,18 +186,24 @@ class PaDiM:
         self.eps, self.sigma, self.size = eps, sigma, 0
         self.mean = self.whitening = self.upsampling = torch.empty(0)
         generator = torch.Generator().manual_seed(seed)
-        self._choose(torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values)
+        self.channels = torch.randperm(sum(LAYERS), generator=generator)[:channels].sort().values
 
-    def _choose(self, channels: Tensor) -> None:
-        self.channels = channels  # (D,) of the 448, ascending
-        of_layer = torch.bucketize(channels, torch.tensor(LAYERS).cumsum(0), right=True)
+    @functools.cached_property
+    def chosen(self) -> list[Tensor]:
+        """The channels of each layer, counted from its first."""
+        of_layer = torch.bucketize(self.channels, torch.tensor(LAYERS).cumsum(0), right=True)
         first = torch.tensor((0, *LAYERS)).cumsum(0)
-        chosen = [channels[of_layer == i] - first[i] for i in range(len(LAYERS))]
-        self.chosen = [c.to(self.device) for c in chosen]
-        self.network = folded(self.backbone)
-        if len(chosen[-1]):
-            prune(self.network, self.chosen[-1])
-        channels_last(self.network)
+        layers = (self.channels[of_layer == i] - first[i] for i in range(len(LAYERS)))
+        return [layer.to(self.device) for layer in layers]
+
+    @functools.cached_property
+    def network(self) -> ResNet18:
+        """The backbone, made fast for these channels when it is first needed."""
+        network = folded(self.backbone)
+        if len(self.chosen[-1]):
+            prune(network, self.chosen[-1])
+        channels_last(network)
+        return network
 
     @torch.no_grad()
     def embeddings(self, images: np.ndarray | Tensor) -> Tensor:
@@ -296,8 +303,7 @@ class PaDiM:
         detector = cls(
             backbone, channels=len(state["channels"]), eps=state["eps"], sigma=state["sigma"]
         )
-        detector._choose(state["channels"].cpu())
-        detector.mean = state["mean"]
+        detector.channels, detector.mean = state["channels"].cpu(), state["mean"]
         p, d = detector.mean.shape
         lower = torch.tril_indices(d, d)
         detector.whitening = torch.zeros(p, d, d, device=device)

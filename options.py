@@ -92,15 +92,24 @@ class Config:
         for name in ("centre_weight", "jitter", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise _bad(self, name, "0 or above")
-        least = {"classes": 1, "warmup_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0}
-        least |= {"igd_epochs": 1, "igd_local_epochs": 1, "igd_batch_size": 2, "igd_patches": 2}
-        least |= {"igd_width": 1}
+        least = {
+            "classes": 1,
+            "warmup_epochs": 0,
+            "epochs": 1,
+            "batch_size": 2,
+            "seed": 0,
+            "igd_epochs": 1,
+            "igd_local_epochs": 1,
+            "igd_batch_size": 2,
+            "igd_patches": 2,
+            "igd_width": 1,
+        }
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise _bad(self, name, f"{lowest} or above")
         if self.image_size < 32 or self.image_size % 32:
             raise _bad(self, "image_size", "a multiple of 32, 32 or above")
-        if self.local == "yes" and self.detector != "padim" and self.image_size < 64:
+        if self.local == "yes" and self.image_size < 64:
             raise _bad(self, "local", f"no at --image-size {self.image_size}")
         if not 0 <= self.crop_area <= 1:
             raise _bad(self, "crop_area", "from 0 to 1")
@@ -249,7 +258,7 @@ def settle(given: dict[str, Any]) -> Config:
     settled = {"preset": preset, "device": device}
     merged: dict[str, Any] = start | PRESETS[preset] | method | given | settled
     if merged.get("image_size", Config.image_size) < 64 and "local" not in given:
-        merged["local"] = "auto"
+        merged["local"] = "auto"  # a preset's "yes" is for images that hold patches
     return Config(**merged)
 
 

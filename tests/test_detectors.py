@@ -152,7 +152,7 @@ def test_embeddings_are_the_concatenated_layers_at_layer1s_positions(backbone, s
 def test_channels_of_a_single_layer_are_enough(backbone, layer):
     first = sum(detectors.LAYERS[:layer])
     detector = PaDiM(backbone, channels=2)
-    detector._choose(torch.arange(first, first + 2))
+    detector.channels = torch.arange(first, first + 2)
     with torch.no_grad():
         stages = folded(detector.backbone).stages(normalise(to_unit(images(2), DEVICE)), last=3)
     want = F.interpolate(stages[layer][:, :2], size=stages[0].shape[2:], mode="nearest")
