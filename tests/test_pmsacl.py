@@ -16,7 +16,7 @@ from torch import nn
 
 import patches
 import pmsacl
-from encoder import Encoder, ResNet18, frozen_averages, normalise, start_weights
+from encoder import Conv3x3, Encoder, ResNet18, frozen_averages, normalise, start_weights
 from run import generator
 
 
@@ -262,6 +262,22 @@ def test_stages_have_a_resnets_shapes_and_logits_come_from_their_pooled_end():
     shapes = [tuple(stage.shape) for stage in net.stages(x)]
     assert shapes == [(2, 64, 16, 16), (2, 128, 8, 8), (2, 256, 4, 4), (2, 512, 2, 2)]
     torch.testing.assert_close(net(x), F.linear(net.pooled(x), net.fc.weight, net.fc.bias))
+
+
+@given(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]), st.integers(0, 2**31 - 1))
+def test_a_convolution_of_a_small_map_is_a_convolution(side, stride, seed):
+    g = generator(seed)
+    x = torch.randn(3, 5, side, side, generator=g, dtype=torch.float64).requires_grad_()
+    layer = Conv3x3(5, 4, stride).double()
+    layer.bias = nn.Parameter(torch.randn(4, generator=g, dtype=torch.float64))  # as when folded
+    got, want = layer(x), F.conv2d(x, layer.weight, layer.bias, stride, padding=1)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn(want.shape, generator=g, dtype=torch.float64)
+    of = [x, layer.weight, layer.bias]
+    torch.testing.assert_close(
+        torch.autograd.grad((got * weights).sum(), of),
+        torch.autograd.grad((want * weights).sum(), of),
+    )
 
 
 def test_start_weights_depend_on_the_generator_alone():
