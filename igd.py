@@ -162,6 +162,7 @@ class IGD:
     kappa: float = 1.0  # of sigma^2                                            [P:§3.3]
     sigma2_least: float = 1.0  # sigma^2 is never less                          [I:code]
     interval: int = 10  # epochs between estimates of mu and sigma^2            [I:code]
+    warmup: float = 0.0  # share of the epochs before eq. 12 joins the loss     [R21]
     critic_weight: float = 0.1  #                                               [I:code]
     gamma: float = 0.2  # share of x in the critic's blend                      [I:code]
     xi_global: float = 0.1  # share of l_rec in the score                       [P:(10)]
@@ -192,7 +193,7 @@ class IGD:
             raise ValueError(f"a local model needs image_size >= 64, got {self.image_size}")
         if self.heat_map not in ("patch", "residual"):
             raise ValueError(f"heat_map must be 'patch' or 'residual', got {self.heat_map!r}")
-        for name in ("rho", "kappa", "gamma", "xi_global", "xi_local"):
+        for name in ("rho", "kappa", "gamma", "xi_global", "xi_local", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("kappa", "lr"):
@@ -393,6 +394,7 @@ class Training:
         self.steps = self.count // self.batch  # an epoch; the last partial batch is left out
         self.epochs = igd.epochs if name == "global" else igd.local_epochs
         self.total = self.steps * self.epochs
+        self.warmup = round(igd.warmup * self.epochs)  # epochs
 
         def adam(network: nn.Module, decay: float) -> torch.optim.Adam:
             weights = network.parameters()
@@ -410,7 +412,7 @@ class Training:
         self.model.train()
         while self.step_done < self.total:
             epoch, position = divmod(self.step_done, self.steps)
-            if position == 0 and epoch % self.igd.interval == 0:
+            if position == 0 and (epoch % self.igd.interval == 0 or epoch == self.warmup):
                 self.estimate()
             means = self.step(epoch, position)
             last = position + 1 == self.steps
@@ -439,7 +441,9 @@ class Training:
 
         self.judge.requires_grad_(False)
         terms, x_tilde, mixture = igd.loss_terms(self.name, self.judge, x, alpha)
-        torch.stack(list(terms.values())).sum().backward()
+        # z that eq. 12 gathers before the decoder reads it stays one point, and x~ one image
+        used = [term for key, term in terms.items() if key != "h" or epoch >= self.warmup]
+        torch.stack(used).sum().backward()
         self.judge.requires_grad_(True)
         blend = igd.gamma * x + (1 - igd.gamma) * x_tilde
         with autocast(x.device):

@@ -65,6 +65,7 @@ class Config:
     igd_batch_size: int = _option(16, "images in a step of the global model    [P!§4.2 R21]")
     igd_patches: int = _option(450, "in a step of the local model               [P!§4.2 R21]")
     igd_lr: float = _option(1e-4, "of IGD's Adam, at the start                 [P!§4.2 R21]")
+    igd_warmup: float = _option(0.0, "share of IGD's epochs without eq. 12  [P!§4.2 R21]")
     igd_width: int = _option(64, "channels of IGD's decoder and critic at full size   [R21]")
     paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
     skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
@@ -111,8 +112,9 @@ class Config:
             raise _bad(self, "image_size", "a multiple of 32, 32 or above")
         if self.local == "yes" and self.image_size < 64:
             raise _bad(self, "local", f"no at --image-size {self.image_size}")
-        if not 0 <= self.crop_area <= 1:
-            raise _bad(self, "crop_area", "from 0 to 1")
+        for name in ("crop_area", "igd_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise _bad(self, name, "from 0 to 1")
         if self.strong == "permutation" and self.classes > len(medmix.TILES):
             raise _bad(self, "classes", f"{len(medmix.TILES)} or below with --strong permutation")
         _check_method(self)
@@ -157,6 +159,7 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
         "igd_batch_size": 8,
         "igd_patches": 72,
         "igd_lr": 1e-3,
+        "igd_warmup": 0.5,
         "igd_width": 8,
     },
 }

@@ -282,6 +282,21 @@ def test_estimates_come_every_interval_and_at_the_end(monkeypatch):
     monkeypatch.setattr(Training, "estimate", estimate)
     small(epochs=5, interval=2).fit(images(8))
     assert when == [(0, True), (4, True), (8, True), (10, False)]
+    when.clear()
+    small(epochs=5, interval=2, warmup=0.6).fit(images(8))  # and when eq. 12 joins the loss
+    assert when == [(0, True), (4, True), (6, True), (8, True), (10, False)]
+
+
+def test_eq_12_joins_the_loss_when_its_warm_up_is_over(monkeypatch):
+    def fitted(warmup: float) -> IGD:
+        return small(epochs=4, warmup=warmup, sigma2_least=100.0).fit(images(8))
+
+    never, half, always = fitted(1.0), fitted(0.5), fitted(0.0)
+    assert all(row["h"] > 0 for row in never.log["global"])  # watched all the same
+    monkeypatch.setattr("igd.anomaly_likelihood", lambda z, mu, sigma2: 0 * z.sum(dim=1))
+    without = fitted(0.0)
+    assert same(never, without)
+    assert not same(half, without) and not same(half, always)
 
 
 @pytest.mark.parametrize("name", ["global", "local"])
@@ -431,6 +446,7 @@ def test_user_mistakes_are_named(tmp_path):
         {"rho": 1.5},
         {"kappa": 0.0},
         {"lr": math.nan},
+        {"warmup": 1.5},
         {"sigma2_least": -1.0},
         {"epochs": 0},
         {"batch_size": 1},
