@@ -162,7 +162,7 @@ class IGD:
     kappa: float = 1.0  # of sigma^2                                            [P:§3.3]
     sigma2_least: float = 1.0  # sigma^2 is never less                          [I:code]
     interval: int = 10  # epochs between estimates of mu and sigma^2            [I:code]
-    warmup: float = 0.0  # share of the epochs before eq. 12 joins the loss     [R21]
+    warmup: float = 0.0  # share of the global model's epochs without eq. 12    [R21]
     critic_weight: float = 0.1  #                                               [I:code]
     gamma: float = 0.2  # share of x in the critic's blend                      [I:code]
     xi_global: float = 0.1  # share of l_rec in the score                       [P:(10)]
@@ -394,7 +394,7 @@ class Training:
         self.steps = self.count // self.batch  # an epoch; the last partial batch is left out
         self.epochs = igd.epochs if name == "global" else igd.local_epochs
         self.total = self.steps * self.epochs
-        self.warmup = round(igd.warmup * self.epochs)  # epochs
+        self.warmup = round(igd.warmup * igd.epochs) if name == "global" else 0  # epochs
 
         def adam(network: nn.Module, decay: float) -> torch.optim.Adam:
             weights = network.parameters()
