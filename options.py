@@ -65,7 +65,7 @@ class Config:
     igd_batch_size: int = _option(16, "images in a step of the global model    [P!§4.2 R21]")
     igd_patches: int = _option(450, "in a step of the local model               [P!§4.2 R21]")
     igd_lr: float = _option(1e-4, "of IGD's Adam, at the start                 [P!§4.2 R21]")
-    igd_warmup: float = _option(0.0, "share of igd-epochs without eq. 12  [P!§4.2 R21]")
+    igd_warmup: float = _option(0.0, "share of --igd-epochs before eq. 12 joins [P!§4.2 R21]")
     igd_width: int = _option(64, "channels of IGD's decoder and critic at full size   [R21]")
     paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
     skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
