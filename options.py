@@ -159,6 +159,7 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
         "igd_batch_size": 8,
         "igd_patches": 72,
         "igd_lr": 1e-3,
+        "igd_warmup": 0.5,
         "igd_width": 8,
     },
 }
