@@ -10,7 +10,6 @@ Z = 128 features of the latent space.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -26,7 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, critic
-from encoder import ResNet18, channels_last, frozen_averages, to_unit
+from encoder import ResNet18, channels_last, to_unit
 from patches import PATCH
 from run import Meter, autocast, epoch_order, generator, save_atomically
 from ssim import ms_ssim, residual_map, setting
@@ -426,7 +425,8 @@ class Training:
                 self.save(self.path)
                 saved = time.monotonic()
         self.model.eval()
-        self.estimate()  # of the weights that score
+        if self.warmup == self.epochs:  # eq. 12 never joined
+            self.estimate()
 
     def step(self, epoch: int, position: int) -> dict[str, float]:
         """One of the auto-encoder and one of the critic; the epoch's mean terms so far."""
@@ -485,17 +485,14 @@ class Training:
     def estimate(self) -> None:
         """mu and sigma^2 over all training images or patches.   [P!§3.3 R21]
 
-        During training batch norm sees each batch, as it does in the loss, and keeps its averages.
+        Scores have the last ones that eq. 12 was trained with, as in IGD's code.
+
         Eq. 12 pulls z together, so sigma^2 shrinks from one estimate to the next; a step of Adam
         then moves z by many sigma, and 1 - exp(.) saturates at 1, without a gradient. Hence a
         least value, as in IGD's code.
         """
         batches = np.array_split(self.order(0), self.steps)
-        training = self.model.training
-        with frozen_averages(self.model) if training else contextlib.nullcontext():
-            mu, sigma2 = gaussian(
-                (self.model.encode(self.take(b)) for b in batches), self.igd.kappa
-            )
+        mu, sigma2 = gaussian((self.model.encode(self.take(b)) for b in batches), self.igd.kappa)
         self.model.mu.copy_(mu)
         self.model.sigma2.copy_(sigma2.clamp(min=self.igd.sigma2_least))
 
