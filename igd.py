@@ -411,7 +411,8 @@ class Training:
         self.model.train()
         while self.step_done < self.total:
             epoch, position = divmod(self.step_done, self.steps)
-            if position == 0 and (epoch % self.igd.interval == 0 or epoch == self.warmup):
+            since = epoch - self.warmup  # epochs with eq. 12
+            if position == 0 and (epoch == 0 or (since >= 0 and since % self.igd.interval == 0)):
                 self.estimate()
             means = self.step(epoch, position)
             last = position + 1 == self.steps
