@@ -74,6 +74,7 @@ PRINTED: dict[str, Printed] = {f"table {n}": v for n, v in PAPER.items()}
 PRINTED |= {f"figure {n}": v for n, v in PAPER_FIGURES.items()}
 MEASURES = {  # in results.json or log.csv -> heading
     "image_auroc": "AUC",
+    "gain": "AUC over base",  # on the same seed, so on the same test images
     "specificity": "Specificity",
     "sensitivity": "Sensitivity",
     "accuracy": "Accuracy",
@@ -193,6 +194,8 @@ def rows_of(name: str, options: Mapping[str, str], given: dict[str, Any], seeds:
 def read_sweep(file: Path) -> dict[str, str]:
     """A setting a line: its name, then options of pmsacl.py; # begins a comment.
 
+    The table compares the others with the one named `base`, if there is one, seed by seed.
+
     raises: ValueError naming the line.
     """
     settings: dict[str, str] = {}
@@ -220,12 +223,13 @@ def read_sweep(file: Path) -> dict[str, str]:
 
 
 def filled(rows: Sequence[Row], out: Path) -> list[Row]:
-    """The rows with the results of whatever runs are finished."""
-    found = []
-    for row in rows:
-        results = [result_of(config, out) for config in row.configs]
-        found.append(dataclasses.replace(row, results=tuple(r for r in results if r is not None)))
-    return found
+    """The rows with the results of whatever runs are finished, compared with those of `base`."""
+    found = {row.name: [result_of(config, out) for config in row.configs] for row in rows}
+    for name, results in found.items():
+        for own, other in zip(results, found.get("base", ()), strict=False):
+            if own and other and name != "base":
+                own["gain"] = own["image_auroc"] - other["image_auroc"]
+    return [dataclasses.replace(r, results=tuple(filter(None, found[r.name]))) for r in rows]
 
 
 def carry_out(name: str, rows: list[Row], out: Path) -> Iterator[list[Row]]:

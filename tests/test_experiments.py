@@ -136,6 +136,16 @@ def test_means_and_deviations_are_over_the_seeds(tmp_path):
     assert row.value("minutes")[0] == 1.5 and row.value("aupro") is None
 
 
+def test_a_sweep_is_compared_with_its_base_on_the_same_seeds(tmp_path):
+    options = {"base": "", "raw": "--features raw"}
+    rows = experiments.rows_of("s", options, vars(config()), 3)
+    for (row, seed), auroc in {(0, 1): 0.6, (0, 2): 0.7, (1, 0): 0.9, (1, 1): 0.61}.items():
+        finished(tmp_path, rows[row].configs[seed], auroc)
+    base, raw = experiments.filled(rows, tmp_path)
+    assert raw.value("gain") == (pytest.approx(0.01), None)  # seed 1 is all that both have
+    assert base.value("gain") is None and len(raw.results) == 2
+
+
 def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     tried = []
 
