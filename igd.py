@@ -157,6 +157,7 @@ class IGD:
     stride: int = 16  # pixels between patches                                  [I:code]
     width: int = 64  # channels of decoder and critic at full size              [I:code]
     lr: float = 1e-4  # of Adam, at the start                                   [I:code]
+    encoder_lr: float = 1e-4  # the same, of the pre-trained encoder            [I:code]
     rho: float = 0.15  # weight of the absolute error                           [P:(11)]
     kappa: float = 1.0  # of sigma^2                                            [P:§3.3]
     sigma2_least: float = 1.0  # sigma^2 is never less                          [I:code]
@@ -195,7 +196,7 @@ class IGD:
         for name in ("rho", "kappa", "gamma", "xi_global", "xi_local", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("kappa", "lr"):
+        for name in ("kappa", "lr", "encoder_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.sigma2_least < math.inf:
@@ -395,11 +396,15 @@ class Training:
         self.total = self.steps * self.epochs
         self.warmup = round(igd.warmup * igd.epochs) if name == "global" else 0  # epochs
 
-        def adam(network: nn.Module, decay: float) -> torch.optim.Adam:
-            weights = network.parameters()
+        def adam(network: nn.Module, lr: float, decay: float = 1e-6) -> torch.optim.Adam:
+            weights = [{"params": list(network.parameters()), "initial_lr": lr}]
             return torch.optim.Adam(weights, betas=(0.0, 0.9), weight_decay=decay, fused=True)
 
-        self.optimisers = {"model": adam(self.model, 1e-6), "judge": adam(self.judge, 0.0)}
+        self.optimisers = {
+            "encoder": adam(self.model.backbone, igd.encoder_lr),
+            "model": adam(nn.ModuleList([self.model.linear, self.model.decoder]), igd.lr),
+            "judge": adam(self.judge, igd.lr, decay=0.0),
+        }
         self.step_done, self.sums, self.log = 0, dict[str, float](), igd.log[name]
 
     def run(self, save_every: float) -> None:
@@ -431,11 +436,11 @@ class Training:
 
     def step(self, epoch: int, position: int) -> dict[str, float]:
         """One of the auto-encoder and one of the critic; the epoch's mean terms so far."""
-        igd, lr = self.igd, self.igd.lr * (1 - self.step_done / self.total) ** 0.9
+        igd, decay = self.igd, (1 - self.step_done / self.total) ** 0.9
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
-                group["lr"] = lr
+                group["lr"] = decay * group["initial_lr"]
         draws = generator(igd.seed, 22, self.step_done)
         x = self.take(self.order(epoch)[position * self.batch : (position + 1) * self.batch])
         alpha = (0.5 * torch.rand(len(x), generator=draws)).to(x.device)  # (B,)
@@ -464,7 +469,7 @@ class Training:
             optimiser.step()
         self.step_done += 1
         means = {name: value / (position + 1) for name, value in self.sums.items()}
-        return means | {"lr": lr}
+        return means | {"lr": decay * igd.lr}
 
     def order(self, epoch: int) -> np.ndarray:
         """The images, or all patches of all images, in an epoch's order."""

@@ -65,6 +65,7 @@ class Config:
     igd_batch_size: int = _option(16, "images in a step of the global model    [P!§4.2 R21]")
     igd_patches: int = _option(450, "in a step of the local model               [P!§4.2 R21]")
     igd_lr: float = _option(1e-4, "of IGD's Adam, at the start                 [P!§4.2 R21]")
+    igd_encoder_lr: float = _option(1e-4, "the same, of the pre-trained encoders [P!§4.2 R21]")
     igd_warmup: float = _option(0.0, "share of --igd-epochs before eq. 12 joins [P!§4.2 R21]")
     igd_width: int = _option(64, "channels of IGD's decoder and critic at full size   [R21]")
     paper_protocol: bool = _option(False, "keep validation images in the test [P!§4.3 R8]")
@@ -87,7 +88,7 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise _bad(self, name, f"one of {', '.join(filter(None, allowed))}")
-        for name in ("tau", "alpha", "lr", "lr_end", "local_lr", "igd_lr"):
+        for name in ("tau", "alpha", "lr", "lr_end", "local_lr", "igd_lr", "igd_encoder_lr"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise _bad(self, name, "above 0")
         for name in ("centre_weight", "jitter", "momentum", "weight_decay"):
@@ -159,6 +160,7 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
         "igd_batch_size": 8,
         "igd_patches": 72,
         "igd_lr": 1e-3,
+        "igd_encoder_lr": 3e-4,
         "igd_warmup": 0.5,
         "igd_width": 8,
     },

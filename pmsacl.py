@@ -598,6 +598,7 @@ def train_igd(
         batch_size=config.igd_batch_size,
         patches=config.igd_patches,
         lr=config.igd_lr,
+        encoder_lr=config.igd_encoder_lr,
         warmup=config.igd_warmup,
         width=config.igd_width,
         seed=config.seed,

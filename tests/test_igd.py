@@ -257,6 +257,14 @@ def test_training_learns_the_normal_images_and_fine_tunes_a_copy():
     assert detector.reconstruct(train[:2]).shape == (2, 3, 32, 32)
 
 
+def test_the_encoder_has_a_learning_rate_of_its_own():
+    start = small().models["global"]
+    model = small(encoder_lr=1e-12, lr=1e-2).fit(images(8)).models["global"]
+    torch.testing.assert_close(model.backbone.conv1.weight, start.backbone.conv1.weight)
+    for part, untrained in ((model.linear, start.linear), (model.decoder[0], start.decoder[0])):
+        assert (part.weight - untrained.weight).abs().median() > 1e-3
+
+
 def test_a_small_sigma_does_not_saturate_the_gaussian():
     """Without a least sigma^2 the collapsing z would leave h at 1, and its gradient at 0."""
     z = 1e-3 * torch.randn(4, Z, generator=torch.Generator().manual_seed(0))
