@@ -96,15 +96,6 @@ class AutoEncoder(nn.Module):
         self.register_buffer("mu", torch.zeros(Z))
         self.register_buffer("sigma2", torch.full((), math.nan))  # until it is fitted
 
-    def train(self, mode: bool = True) -> AutoEncoder:
-        """The encoder's batch norm keeps its averages, those of the pre-training.   [P!§3.3 R21]
-
-        Averages of IGD's small batches would leave some images far from mu when it scores.
-        """
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     def encode(self, x: Tensor) -> Tensor:
         """f_theta: (B, 3, S, S) in [0, 1] -> z (B, Z)."""
         return self.linear(self.backbone.pooled(normalise(channels_last(x))))

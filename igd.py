@@ -413,7 +413,6 @@ class Training:
             self.load(self.path)
         meter = Meter(self.step_done, self.total, self.batch, self.igd.device)
         saved = time.monotonic()
-        self.model.train()
         while self.step_done < self.total:
             epoch, position = divmod(self.step_done, self.steps)
             since = epoch - self.warmup  # epochs with eq. 12
@@ -441,6 +440,9 @@ class Training:
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
                 group["lr"] = decay * group["initial_lr"]
+        self.model.train()
+        # eq. 12 shall gather the z that score: averages of small batches leave some of them far out
+        self.model.backbone.train(epoch < self.warmup)
         draws = generator(igd.seed, 22, self.step_done)
         x = self.take(self.order(epoch)[position * self.batch : (position + 1) * self.batch])
         alpha = (0.5 * torch.rand(len(x), generator=draws)).to(x.device)  # (B,)
@@ -497,6 +499,7 @@ class Training:
         then moves z by many sigma, and 1 - exp(.) saturates at 1, without a gradient. Hence a
         least value, as in IGD's code.
         """
+        self.model.backbone.eval()
         batches = np.array_split(self.order(0), self.steps)
         mu, sigma2 = gaussian((self.model.encode(self.take(b)) for b in batches), self.igd.kappa)
         self.model.mu.copy_(mu)
