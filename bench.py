@@ -98,7 +98,6 @@ def igd_step(side: int, width: int, rounds: int) -> tuple[float, float, float]:
     images = np.random.default_rng(0).integers(0, 255, (32, 3, side, side), np.uint8)
     detector = IGD(ResNet18(), image_size=side, width=width)
     training = Training(detector, "global", images, None)
-    training.model.train()
     training.estimate()
     draws = generator(0)
     x = channels_last(torch.rand(detector.batch_size, 3, side, side, generator=draws))
