@@ -1,16 +1,13 @@
-"""A_0, the weak augmentation, and A_n, the strong ones: MedMix and its rivals.  [P:§3.1] [P:§4.2]
+"""A_n, the strong augmentations: MedMix and its rivals.  [P:§3.1] [P:§4.2]
 
-Everything works on whole batches, on the device of the images. Parameters are drawn per image from
-an explicit `torch.Generator`; no loop runs over images. With images on a GPU a generator on the CPU
-is the better choice: same seed, same parameters, and no wait for the GPU to learn how many images
-an operation fires on.
+On whole batches, with parameters drawn from an explicit `torch.Generator`, as in weak.py. Each
+takes images x (B, 3, S, S) and class ids n (N,), and returns x' (N, 3, S, S) and the mask
+(N, 1, S, S) of what it may have changed. Output i is image i % B with class n_i: N = B augments
+every image once, n = torch.arange(A).repeat_interleave(B) gives every image every class (and no
+lesion is ever cut from a copy of the image that it is pasted on).
 
-A strong augmentation takes images x (B, 3, S, S) and class ids n (N,), and returns x' (N, 3, S, S)
-and the mask (N, 1, S, S) of what it may have changed. Output i is image i % B with class n_i: N = B
-augments every image once, n = torch.arange(A).repeat_interleave(B) gives every image every class
-(and no lesion is ever cut from a copy of the image that it is pasted on).
-
-Not here: what is learned from the views (pmsacl.py).
+Not here: A_0 and the steps of the colour jitter (weak.py), what is learned from the views
+(pmsacl.py).
 
 B images of S x S pixels in [0, 1]; A classes; N outputs; K lesions in all; M = A - 1 lesions at
 most in one image; s the side of the square around the largest.
@@ -19,7 +16,7 @@ most in one image; s the side of the square around the largest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,21 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from weak import (
+    CACHE,
+    brightness,
+    contrast,
+    hue,
+    in_steps,
+    jitter_steps,
+    log_uniform,
+    rand,
+    sample,
+    saturation,
+    side_of,
+    uniform,
+    whole_number,
+)  # fmt: skip
 
-@dataclass(frozen=True)
-class Weak:
-    area: float = 0.08  # smallest crop, share of the image             [P!§4.2 R16]
-    jitter: tuple[float, ...] = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
-    jitter_p: float = 0.8  # probability of the jitter
-    grey_p: float = 0.2  # … of going grey
-    blur_p: float = 0.5  # … of the blur
-
-
-WEAK = {"simclr": Weak(), "ccd": Weak(area=0.2, jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0)}
-CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
-SIGMA = (0.1, 2.0)  # of the blur, pixels at any image size
-BLUR_REACH = 8  # pixels; what lies beyond 4 sigma weighs less than 1e-4 and is left out
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, the digits that torchvision uses
 LESION_ASPECT = (1 / 3, 3.0)  # height / width                          [P!§4.2 R12]
 LESION_JITTER = (0.6, 0.6, 0.6, 0.1)  # brightness, contrast, saturation, hue
 LESION_NOISE = (0.03, 0.12)  # standard deviation
@@ -51,197 +49,6 @@ TILES = (  # class n of `permutation`: which of the 2 x 2 tiles comes where; 0..
     (0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0),
     (1, 2, 3, 0), (3, 0, 1, 2), (2, 0, 3, 1), (1, 3, 0, 2),
 )  # fmt: skip
-MIN_SIDE = 8  # pixels
-CACHE = 2**20  # values of images worked on at a time, so that they stay in a CPU's cache
-
-
-# A_0: the weak augmentation ------------------------------------------------------------------
-
-
-def weak(
-    x: Tensor,
-    generator: Generator,
-    *,
-    preset: str = "simclr",
-    min_area: float | None = None,
-    strength: float = 1.0,
-    out: Tensor | None = None,
-) -> Tensor:
-    """SimCLR's augmentation: crop and resize, flip, colour jitter, grey, blur.  [P!§4.2 R16]
-
-    As torchvision does it, hue in HSV. The crop is resized bilinearly; since it never has more
-    pixels than the result, anti-aliasing, which is for shrinking, would change nothing.
-
-    x:        (B, 3, S, S) float in [0, 1].
-    preset:   "simclr", or "ccd" for the strengths in the authors' earlier code.
-    min_area: smallest crop, share of the image; None for the preset's (0.08, or 0.2).
-    strength: factor of the preset's colour jitter, 0 or above.
-    out:      (B, 3, S, S) to write into, not x: at 256 px new memory costs a tenth of the time.
-    returns:  (B, 3, S, S) in [0, 1].
-    raises:   ValueError for an unknown preset, a min_area outside (0, 1], other shapes.
-    """
-    side = _side(x)
-    if preset not in WEAK:
-        raise ValueError(f"preset must be one of {', '.join(WEAK)}, got {preset!r}")
-    w = WEAK[preset]
-    area = w.area if min_area is None else min_area
-    if not 0 < area <= 1:
-        raise ValueError(f"min_area must be in (0, 1], got {area}")
-    b = len(x)
-    box = crop_boxes(b, side, generator, area)  # (B, 4)
-    flip = _rand(generator, b) < 0.5
-    jitter = [s * strength for s in w.jitter]
-    op, value = jitter_steps(b, generator, jitter, _rand(generator, b) < w.jitter_p)  # (B, 4)
-    greyed, blurred = _rand(generator, b, 1) < w.grey_p, _rand(generator, b, 1) < w.blur_p
-    finish = (greyed | blurred) * (4 + greyed + 2 * blurred)  # (B, 1) which of STEPS
-    op, value = torch.cat([op, finish], 1), torch.cat([value, _uniform(generator, *SIGMA, b, 1)], 1)
-
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    at_a_time = b if x.is_cuda else max(1, CACHE // x[0].numel())
-    for first in range(0, b, at_a_time):
-        part = slice(first, first + at_a_time)
-        view = in_steps(
-            crop(x[part].contiguous(), box[part], flip[part]), op[part], value[part], STEPS
-        )
-        torch.clamp(view, 0, 1, out=out[part])  # interpolation and blur may round to 1 + 2^-23
-    return out
-
-
-def crop_boxes(b: int, side: int, generator: Generator, min_area: float) -> Tensor:
-    """(B, 4) top, left, height, width of random crops, drawn as torchvision does.
-
-    Area and log aspect are uniform; of ten draws the first that fits counts, else the whole image.
-    """
-    area = _uniform(generator, min_area, 1, b, 10) * side**2
-    aspect = _log_uniform(generator, *CROP_ASPECT, b, 10)
-    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (width >= 1) & (width <= side) & (height >= 1) & (height <= side)
-    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1)
-    height = height.gather(1, first)[:, 0].masked_fill(none, side)
-    width = width.gather(1, first)[:, 0].masked_fill(none, side)
-    size = torch.stack([height, width], 1)
-    return torch.cat([_whole_number(generator, side - size + 1), size], 1)
-
-
-def crop(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
-    """x inside each box (B, 4), resized to S x S bilinearly, mirrored where `flip` (B,)."""
-    side = x.shape[-1]
-    top, left, height, width = box.to(x.device, x.dtype)[:, :, None].unbind(1)  # (B, 1) each
-    at = (torch.arange(side, device=x.device, dtype=x.dtype) + 0.5) / side  # pixel centres
-    at_x = torch.where(flip.to(x.device)[:, None], at.flip(0), at)  # (B, S)
-    row = top + (at * height - 0.5).clamp(min=0).minimum(height - 1)  # (B, S)
-    col = left + (at_x * width - 0.5).clamp(min=0).minimum(width - 1)
-    return _sample(x, row[:, :, None], col[:, None, :])
-
-
-def jitter_steps(
-    b: int, generator: Generator, strength: Sequence[float], chosen: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Brightness, contrast, saturation and hue in random order for the chosen (B,) images.
-
-    strength: of each; factors are uniform in 1 -+ strength and >= 0, turns of hue in -+ strength.
-    returns:  op (B, 4), what to do in each step: 0 nothing, 1 brightness, … 4 hue; and the
-              factors (B, 4) in the same order.
-    """
-    low = torch.tensor([max(0.0, 1 - s) for s in strength[:3]] + [-strength[3]])
-    high = torch.tensor([1 + s for s in strength[:3]] + [strength[3]])
-    low, high = low.to(generator.device), high.to(generator.device)
-    factor = low + (high - low) * _rand(generator, b, 4)
-    order = _rand(generator, b, 4).argsort(1)
-    return (order + 1) * chosen[:, None], factor.gather(1, order)
-
-
-def in_steps(
-    x: Tensor, op: Tensor, value: Tensor, changes: Sequence[Callable[[Tensor, Tensor], object]]
-) -> Tensor:
-    """x after changes[op[i, t] - 1](x_i, value[i, t]) for t = 0..T-1; op = 0 does nothing.
-
-    Each step sorts the images by what is to be done, so that each change works in place on a slice
-    of them. Gathering and scattering the images of each change would cost more than the changes.
-
-    x:         (B, 3, S, S); it is overwritten, and serves as working memory.
-    op, value: (B, T).
-    """
-    order = op.T.argsort(stable=True)  # (T, B), which image lies where, sorted for each step
-    place = order.argsort()  # (T, B), where each image lies
-    take = torch.cat([order[:1], place[:-1].gather(1, order[1:])]).to(x.device)
-    value = value.T.gather(1, order).to(x.device, x.dtype)
-    counts = F.one_hot(op.T, len(changes) + 1).sum(1).tolist()  # (T, changes + 1)
-    spare = torch.empty_like(x)
-    for t, count in enumerate(counts):
-        x, spare = torch.index_select(x, 0, take[t], out=spare), x
-        groups = zip(x.split(count), value[t].view(-1, 1, 1, 1).split(count), strict=True)
-        for change, (y, v) in zip((None, *changes), groups, strict=True):
-            if change and len(y):
-                change(y, v)
-    return torch.index_select(x, 0, place[-1].to(x.device), out=spare)
-
-
-def brightness(x: Tensor, factor: Tensor) -> None:
-    """factor x, clipped to [0, 1]. In place, as all the steps; factors are (B, 1, 1, 1)."""
-    x.mul_(factor).clamp_(0, 1)
-
-
-def contrast(x: Tensor, factor: Tensor) -> None:
-    """factor x + (1 - factor) mean luma, clipped."""
-    mean = luma(x.mean((2, 3), keepdim=True))  # (B, 1, 1, 1)
-    x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
-
-
-def saturation(x: Tensor, factor: Tensor) -> None:
-    """factor x + (1 - factor) luma, clipped."""
-    y = luma(x)
-    x.mul_(factor).addcmul_(y, 1 - factor).clamp_(0, 1)
-
-
-def hue(x: Tensor, turn: Tensor) -> None:
-    """The hue of HSV moved by `turn` of the colour circle, value and chroma kept.
-
-    With p = (x - min) / (max - min), the hue lies 1 + p_G + p_B - p_R sixths of a turn from red,
-    towards green if G >= B and towards blue if not: no case for each of the six sectors.
-    """
-    red, green, blue = x.split(1, 1)  # (B, 1, S, S) each
-    value = torch.maximum(torch.maximum(red, green), blue)
-    low = torch.minimum(torch.minimum(red, green), blue)
-    chroma = value - low
-    h = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1)
-    h = h.copysign_(green - blue).add_(6 * turn)
-    h.sub_((h / 6).floor_(), alpha=6)  # into [0, 6)
-    for channel, middle, sign in (red, 3, -1), (green, 2, 1), (blue, 4, 1):
-        missing = (h - middle).abs_().sub_(1.5 - 0.5 * sign).mul_(sign).clamp_(0, 1)
-        torch.addcmul(value, missing, chroma, value=-1, out=channel)
-
-
-def to_grey(x: Tensor, _: Tensor) -> None:
-    """The luma in all three channels."""
-    x.copy_(luma(x))
-
-
-def luma(x: Tensor) -> Tensor:
-    """(B, 1, S, S) of (B, 3, S, S)."""
-    y = x[:, :1] * LUMA[0]
-    return y.add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
-
-
-def blur(x: Tensor, sigma: Tensor) -> None:
-    """Gaussian blur of sigma pixels; the kernel is a tenth of the side, the edges mirrored."""
-    b, _, side, _ = x.shape
-    r = min(side // 20, BLUR_REACH)
-    tap = torch.arange(-r, r + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.softmax(-0.5 * (tap / sigma.view(b, 1)) ** 2, 1)  # (B, 2r+1), sums to 1
-    kernel = kernel.repeat_interleave(3, 0).view(3 * b, 1, 1, 2 * r + 1)
-    y = F.pad(x, (r, r, r, r), mode="reflect").reshape(1, 3 * b, side + 2 * r, side + 2 * r)
-    y = F.conv2d(F.conv2d(y, kernel, groups=3 * b), kernel.mT, groups=3 * b)
-    x.copy_(y.view(b, 3, side, side))
-
-
-def grey_blur(x: Tensor, sigma: Tensor) -> None:
-    """Both."""
-    to_grey(x, sigma)
-    blur(x, sigma)
-
-
-STEPS = (brightness, contrast, saturation, hue, to_grey, blur, grey_blur)  # 1, 2, …
 
 
 # A_n: MedMix ---------------------------------------------------------------------------------
@@ -280,12 +87,12 @@ def medmix(
     mask = torch.zeros_like(out[:, :1], dtype=torch.bool)
     for lesions in place_lesions(n, x, generator, classes, min_area, max_area):
         patch = _cut(x, lesions, generator)  # (K, 3, s, s)
-        fired = _rand(generator, len(patch), 4) < p
+        fired = rand(generator, len(patch), 4) < p
         if at_least_one:
-            one = (4 * _rand(generator, len(patch), 1)).long() == torch.arange(4, device=n.device)
+            one = (4 * rand(generator, len(patch), 1)).long() == torch.arange(4, device=n.device)
             fired |= one & ~fired.any(1, keepdim=True)
         patch = alter(patch, fired, lesions, generator)
-        ellipse = _rand(generator, len(patch)) < 0.5
+        ellipse = rand(generator, len(patch)) < 0.5
         _paste(out, mask, patch, opacity(lesions.v, lesions.u, ellipse), lesions)
     return out, mask
 
@@ -298,7 +105,7 @@ def alter(patch: Tensor, fired: Tensor, lesions: Lesions, generator: Generator) 
     k = len(patch)
     op, value = jitter_steps(k, generator, LESION_JITTER, fired[:, 0])
     op = torch.cat([op, 5 * fired[:, 1:2]], 1)
-    value = torch.cat([value, _uniform(generator, *LESION_NOISE, k, 1)], 1)
+    value = torch.cat([value, uniform(generator, *LESION_NOISE, k, 1)], 1)
     noise = partial(add_noise, generator=generator)
     patch = in_steps(patch, op, value, (brightness, contrast, saturation, hue, noise))
 
@@ -312,7 +119,7 @@ def alter(patch: Tensor, fired: Tensor, lesions: Lesions, generator: Generator) 
     if len(bent):
         v, u = lesions.v[bent], lesions.u[bent]  # (k, s) each
         v_from, u_from = fisheye(v[:, :, None], wave(v, u, *points[3:]), *points[:3])
-        patch[bent] = _sample(patch[bent], _pixels(v_from, v), _pixels(u_from, u)).to(patch.dtype)
+        patch[bent] = sample(patch[bent], _pixels(v_from, v), _pixels(u_from, u)).to(patch.dtype)
     return patch
 
 
@@ -331,9 +138,9 @@ def fisheye_points(k: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor
     The first is the lens's centre, the second lies on its rim, and the third between the two: it is
     seen half-way to the rim. In half-sides of the patch, from its middle.
     """
-    centre = _uniform(generator, -0.4, 0.4, k, 2)
-    radius = _uniform(generator, 0.7, 1.3, k)
-    third = _uniform(generator, 0.1, 0.35, k)  # share of the radius; 0.5 would change nothing
+    centre = uniform(generator, -0.4, 0.4, k, 2)
+    radius = uniform(generator, 0.7, 1.3, k)
+    third = uniform(generator, 0.1, 0.35, k)  # share of the radius; 0.5 would change nothing
     return centre, radius, third.log() / math.log(0.5)
 
 
@@ -358,9 +165,9 @@ def wave_points(k: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """
     third = torch.tensor([-1.0, -1 / 3, 1 / 3], device=generator.device)
     sign = torch.tensor([1.0, -1.0, 1.0], device=generator.device)
-    sign = sign * (2 * (_rand(generator, k, 1) < 0.5) - 1)
-    height = third + 2 / 3 * _uniform(generator, 0.25, 0.75, k, 3)
-    return height, sign * _uniform(generator, 0.2, 0.6, k, 3)
+    sign = sign * (2 * (rand(generator, k, 1) < 0.5) - 1)
+    height = third + 2 / 3 * uniform(generator, 0.25, 0.75, k, 3)
+    return height, sign * uniform(generator, 0.2, 0.6, k, 3)
 
 
 def wave(v: Tensor, u: Tensor, height: Tensor, shift: Tensor) -> Tensor:
@@ -529,13 +336,13 @@ def place_lesions(
         raise ValueError(f"needs 0 < min_area <= max_area <= 1, got {min_area} and {max_area}")
     side, m = x.shape[-1], classes - 1
     exists = torch.arange(m, device=n.device) < n[:, None]  # (N, M)
-    area = _uniform(generator, min_area, max_area, len(n), m) * side**2
+    area = uniform(generator, min_area, max_area, len(n), m) * side**2
     area = (area * exists).sort(1, descending=True).values
-    aspect = _log_uniform(generator, *LESION_ASPECT, len(n), m)
+    aspect = log_uniform(generator, *LESION_ASPECT, len(n), m)
     height = (area * aspect).sqrt().round().clamp(3, side).long()  # (N, M)
     width = (area / aspect).sqrt().round().clamp(3, side).long()
-    top = _whole_number(generator, (side - height + 1)[..., None].expand(-1, -1, PLACES))
-    left = _whole_number(generator, (side - width + 1)[..., None].expand(-1, -1, PLACES))
+    top = whole_number(generator, (side - height + 1)[..., None].expand(-1, -1, PLACES))
+    left = whole_number(generator, (side - width + 1)[..., None].expand(-1, -1, PLACES))
     for i in range(1, m):
         overlap = _overlap(top[:, i], height[:, i], top[:, :i, 0], height[:, :i])
         overlap *= _overlap(left[:, i], width[:, i], left[:, :i, 0], width[:, :i])
@@ -578,8 +385,8 @@ def _cut(x: Tensor, lesions: Lesions, generator: Generator) -> Tensor:
     b, side = len(x), x.shape[-1]
     if b < 2:
         raise ValueError("lesions are cut from other images: the batch needs at least 2, got 1")
-    other = lesions.image + 1 + _whole_number(generator, torch.full_like(lesions.image, b - 1))
-    move = _whole_number(generator, side - lesions.box[:, 2:] + 1) - lesions.box[:, :2]  # (K, 2)
+    other = lesions.image + 1 + whole_number(generator, torch.full_like(lesions.image, b - 1))
+    move = whole_number(generator, side - lesions.box[:, 2:] + 1) - lesions.box[:, :2]  # (K, 2)
     move = move.to(x.device)
     row = (lesions.row + move[:, :1]).clamp_(0, side - 1)
     col = (lesions.col + move[:, 1:]).clamp_(0, side - 1)
@@ -636,20 +443,11 @@ def _box(lesions: Lesions) -> Tensor:
 # Shared by all -------------------------------------------------------------------------------
 
 
-def _side(x: Tensor) -> int:
-    good = x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3] >= MIN_SIDE
-    if not good or not x.is_floating_point():
-        raise ValueError(
-            f"images must be float (B, 3, S, S), S >= {MIN_SIDE}, got {x.dtype} {tuple(x.shape)}"
-        )
-    return x.shape[3]
-
-
 def _start(
     x: Tensor, n: Tensor, generator: Generator, classes: int | None
 ) -> tuple[Tensor, Tensor, int]:
     """The outputs to work on (N, 3, S, S), n on the generator's device, and A."""
-    _side(x)
+    side_of(x)
     if n.ndim != 1 or n.is_floating_point() or not len(x) or not len(n) or len(n) % len(x):
         raise ValueError(
             f"n must be (N,) integers with N a multiple of the {len(x)} images, "
@@ -666,30 +464,3 @@ def _start(
 def _everywhere(out: Tensor, n: Tensor) -> Tensor:
     """(N, 1, S, S) mask of all pixels where n > 0."""
     return (n > 0).to(out.device)[:, None, None, None].repeat(1, 1, *out.shape[2:])
-
-
-def _sample(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
-    """(B, 3, S, S): x at pixel positions row and col, which broadcast to (B, S, S); bilinear."""
-    scale = 2 / (x.shape[-1] - 1)
-    col, row = col * scale - 1, row * scale - 1
-    pairs = torch.complex(col, torch.zeros_like(col)) + torch.complex(torch.zeros_like(row), row)
-    grid = torch.view_as_real(pairs)  # (B, S, S, 2): to pair them so takes a fifth of stack's time
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=True)
-
-
-def _rand(generator: Generator, *shape: int) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device)
-
-
-def _uniform(generator: Generator, low: float, high: float, *shape: int) -> Tensor:
-    return low + (high - low) * _rand(generator, *shape)
-
-
-def _log_uniform(generator: Generator, low: float, high: float, *shape: int) -> Tensor:
-    return _uniform(generator, math.log(low), math.log(high), *shape).exp()
-
-
-def _whole_number(generator: Generator, count: Tensor) -> Tensor:
-    """Uniform in 0..count-1, int64, in the shape of count."""
-    count = count.long()  # rand() * count may round up to count, in float32
-    return (_rand(generator, *count.shape) * count).long().minimum(count - 1)

@@ -3,7 +3,7 @@
 Tian et al., "Self-supervised Pseudo Multi-class Pre-training for Unsupervised Anomaly Detection
 and Segmentation in Medical Images", section 3.2 and 4.2. `[P:(4)]` tags an equation of that
 paper; `[P!(5) R2]` marks a place where the README's row R2 completes or corrects it. MedMix is in
-medmix.py, the networks in encoder.py, the detectors in detectors.py, the measures in eval.py.
+medmix.py, A_0 in weak.py, the networks in encoder.py, the detectors in detectors.py and igd.py.
 
     python pmsacl.py                    # the phantom data set, about two minutes on two cores
     python pmsacl.py --data ./kvasir    # a folder of healthy images
@@ -60,6 +60,7 @@ from run import (
     write_rows,
 )
 from tables import write_results
+from weak import weak
 
 # --- section 3.2, in its order -----------------------------------------------------------------
 
@@ -174,7 +175,7 @@ def class_views(
     x_n, _ = strong_set(config)(x, n, generator)  # (A B, 3, S, S), class by class
     views = x_n.new_empty(2 * len(x_n), *x.shape[1:])
     a_0 = functools.partial(
-        medmix.weak,
+        weak,
         preset=config.weak,
         min_area=config.crop_area or None,
         strength=config.jitter,

@@ -35,8 +35,8 @@ import phantom
 import pmsacl
 from detectors import PaDiM
 from encoder import Encoder, to_unit
-from eval import auroc
 from figures import image_grid
+from measures import auroc
 from run import generator
 
 folder = Path(tempfile.mkdtemp())

@@ -6,6 +6,7 @@ OpenMP reads OMP_WAIT_POLICY once, at import. N is the number of rows of whateve
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ settings.register_profile("explore", parent=settings.get_profile("ci"), derandom
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 U32 = 2.0**-24  # half a unit in the last place of 1.0 in float32: one rounding
+SIGMAS = 5  # a frequency may be off by so many standard deviations: one in two million
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,3 +85,25 @@ def assert_within(got: torch.Tensor, want: torch.Tensor, budget: torch.Tensor | 
     worst = float(used.max()) if used.numel() else 0.0
     assert worst <= 1.0, f"{worst:.2f} of the rounding budget used; worst error {error.max():.3e}"
     return worst
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(b: int, side: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(b, 3, side, side, generator=generator(seed))
+
+
+def assert_frequency(hits: torch.Tensor, p: float) -> None:
+    """The mean of booleans is p within SIGMAS standard deviations."""
+    allowed = SIGMAS * math.sqrt(p * (1 - p) / hits.numel())
+    assert abs(hits.double().mean().item() - p) <= allowed
+
+
+def assert_uniform(draws: torch.Tensor, low: float, high: float) -> None:
+    """Within [low, high]; mean and share of the lower quarter are those of the uniform."""
+    assert low <= draws.min() and draws.max() <= high
+    allowed = SIGMAS * (high - low) / math.sqrt(12 * draws.numel())
+    assert abs(draws.double().mean().item() - (low + high) / 2) <= allowed
+    assert_frequency(draws < low + (high - low) / 4, 0.25)

@@ -21,6 +21,7 @@ import medmix
 import options
 import phantom
 import pmsacl
+import weak
 from encoder import Encoder, ResNet18, frozen_averages
 from run import generator
 
@@ -305,7 +306,7 @@ def test_lesion_area_crop_area_and_jitter_reach_medmix():
     config = pmsacl.Config(classes=1, crop_area=1.0, jitter=0.0, weak="ccd")
     flat = torch.rand(8, 3, 1, 1, generator=generator(2)).expand(8, 3, 32, 32)
     views, _, _ = pmsacl.class_views(flat, config, generator(3))
-    grey = medmix.luma(flat).expand_as(flat)
+    grey = weak.luma(flat).expand_as(flat)
     for i, view in enumerate(views):  # neither cropped nor jittered; a fifth of them are grey
         assert any(torch.allclose(view, y[i // 2], atol=1e-5) for y in (flat, grey))
 

@@ -1,0 +1,232 @@
+"""The paper's measures: AUROC, specificity and its kin, IoU, Dice, Pro-score.   [P:§4.3]
+
+A larger score is more abnormal, and "abnormal" always means score >= threshold, for images and for
+pixels.
+
+Not here: which images set the thresholds and which are measured (eval.py).
+
+Sizes: N images, S pixels a side, P abnormal pixels, K lesions (8-connected regions), T thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+FPR_LIMIT = 0.3  # where the Pro-score's integral ends                    [P!§4.3 R10]
+LEVELS = 2**14  # thresholds tried for the best mean Dice                 [P!§4.3 R9]
+
+
+def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array, Array]:
+    """How many negatives lie above, and how many at or above, each (sorted) positive score.
+
+    positive:  (P,) sorted, so that the searches walk through memory in order.
+    negatives: blocks of scores; counts add up over blocks, so memory is that of one block.
+    returns:   above (P,) and reached (P,), int64.
+    """
+    above = np.zeros(len(positive), np.int64)
+    reached = np.zeros(len(positive), np.int64)
+    for block in negatives:
+        block = np.sort(block)
+        if np.isnan(block[-1:]).any() or np.isnan(positive[-1:]).any():  # NaN is sorted last
+            raise ValueError("a score is NaN")
+        above += len(block) - np.searchsorted(block, positive, "right")
+        reached += len(block) - np.searchsorted(block, positive, "left")
+    return above, reached
+
+
+def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """P(s+ > s-) + 1/2 P(s+ = s-), the area under the ROC curve (ties by midrank).   [P:§4.3]
+
+    scores:  any shape, of images or of pixels.
+    labels:  same shape, true or 1 where abnormal.
+    returns: the exact ratio of pairs, rounded once.
+    raises:  ValueError if a class is absent or a score is NaN.
+    """
+    s, y = _checked(scores, labels)
+    positive = np.sort(s[y])
+    above, reached = _negatives_above(positive, [s[~y]])
+    pairs = 2 * len(positive) * (s.size - len(positive))
+    return (pairs - int(above.sum()) - int(reached.sum())) / pairs
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+    """Scores and labels as flat arrays, after the checks that every measure needs."""
+    s, y = np.asarray(scores).ravel(), np.asarray(labels).ravel().astype(bool)
+    if s.shape != y.shape:
+        raise ValueError(f"{s.size} scores for {y.size} labels; there must be one for each")
+    if not 0 < (positives := int(y.sum())) < y.size:
+        raise ValueError(
+            f"a measure needs normal and abnormal cases, got {y.size - positives} normal and "
+            f"{positives} abnormal"
+        )
+    if np.isnan(s.min()):
+        raise ValueError(f"{int(np.isnan(s).sum())} of {s.size} scores are NaN")
+    return s, y
+
+
+def confusion(scores: ArrayLike, labels: ArrayLike, threshold: float) -> dict[str, float]:
+    """Specificity, sensitivity and accuracy of "abnormal if score >= threshold".   [P:§4.3]
+
+    returns: fractions of the normal, of the abnormal and of all cases that are judged rightly.
+    raises:  ValueError if a class is absent or a score is NaN.
+    """
+    s, y = _checked(scores, labels)
+    right = (s >= threshold) == y
+    return {
+        "specificity": float(right[~y].mean()),
+        "sensitivity": float(right[y].mean()),
+        "accuracy": float(right.mean()),
+    }
+
+
+def youden_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
+    """argmax_t J(t) = sensitivity(t) + specificity(t) - 1.   [P!§4.3 R8]
+
+    returns: one of the scores; of several with the same J the highest (fewest false alarms).
+    raises:  ValueError if a class is absent or a score is NaN.
+    """
+    s, y = _checked(scores, labels)
+    t = np.unique(s)[::-1]  # (T,) from strict to lax
+    hits = y.sum() - np.searchsorted(np.sort(s[y]), t, "left")
+    alarms = (~y).sum() - np.searchsorted(np.sort(s[~y]), t, "left")
+    j = hits * int((~y).sum()) - alarms * int(y.sum())  # J times both counts: whole numbers
+    return float(t[j.argmax()])
+
+
+def iou(pred: ArrayLike, mask: ArrayLike) -> Array:
+    """|P and M| / |P or M| of each image, 1 where both are empty.   [P:§4.3]
+
+    pred, mask: (..., S, S) bool.
+    returns:    (...) float64.
+    """
+    p, m = np.asarray(pred, bool), np.asarray(mask, bool)
+    union = (p | m).sum((-2, -1))
+    return np.where(union > 0, (p & m).sum((-2, -1)) / np.maximum(union, 1), 1.0)
+
+
+def dice(pred: ArrayLike, mask: ArrayLike) -> Array:
+    """2 |P and M| / (|P| + |M|) of each image, 1 where both are empty.   [P:§4.3]
+
+    pred, mask: (..., S, S) bool.
+    returns:    (...) float64.
+    """
+    p, m = np.asarray(pred, bool), np.asarray(mask, bool)
+    total = p.sum((-2, -1)) + m.sum((-2, -1))
+    return np.where(total > 0, 2 * (p & m).sum((-2, -1)) / np.maximum(total, 1), 1.0)
+
+
+def components(masks: Array) -> tuple[Array, int]:
+    """The 8-connected regions of each mask: runs of pixels, joined by union-find.   [P!§4.3 R10]
+
+    masks:   (N, H, W) bool.
+    returns: (P,) the region 0..K-1 of every true pixel in the order of masks.nonzero(), and K;
+             regions are numbered over the whole stack in the order of their first pixel.
+    """
+    n, h, w = masks.shape
+    padded = np.zeros((n * h, w + 2), np.int8)
+    padded[:, 1:-1] = masks.reshape(n * h, w)
+    edge = np.diff(padded, axis=1)
+    row, start = np.nonzero(edge == 1)  # (R,) runs [start, end) of a row
+    end = np.nonzero(edge == -1)[1]
+    # Runs touch if start' <= end and end' >= start one row up (<= for 8-connection, < for 4).
+    key = row * (w + 2)
+    up = key - (w + 2)
+    first = np.searchsorted(key + end, up + start, "left")
+    last = np.searchsorted(key + start, up + end, "right")
+    count = np.where(row % h > 0, last - first, 0)  # an image's top row touches nothing above
+    i = np.repeat(np.arange(len(row)), count)
+    j = np.repeat(first - np.cumsum(count) + count, count) + np.arange(len(i))
+    root = np.arange(len(row))
+    while (root[i] != root[j]).any():
+        a, b = root[i], root[j]
+        np.minimum.at(root, a, np.minimum(a, b))  # the larger root hangs below the smaller
+        np.minimum.at(root, b, np.minimum(a, b))
+        while (root[root] != root).any():
+            root = root[root]
+    roots, region = np.unique(root, return_inverse=True)
+    return np.repeat(region, end - start), len(roots)
+
+
+def aupro(maps: Array, masks: Array, fpr_limit: float = FPR_LIMIT) -> float:
+    """1/l int_0^l PRO d FPR, PRO(t) = 1/K sum_k |{p in C_k: s_p >= t}| / |C_k|.   [P!§4.3 R10]
+
+    Bergmann et al. 2020: the C_k are the 8-connected regions of all masks, FPR(t) the fraction of
+    normal pixels with s >= t. The curve is joined by straight lines between distinct thresholds
+    (so tied pixels enter together) and cut at the limit by interpolation.
+    maps:      (N, S, S) scores.
+    masks:     (N, S, S) bool, all false for a normal image.
+    fpr_limit: l, in (0, 1].
+    returns:   in [0, 1].
+    raises:    ValueError if there is no lesion or no normal pixel, or a score is NaN.
+    """
+    return pixel_measures(maps, masks, np.arange(len(maps)), fpr_limit)[1]
+
+
+def pixel_measures(
+    maps: Array, masks: Array, index: Array, fpr_limit: float = FPR_LIMIT
+) -> tuple[float, float]:
+    """Pixel AUROC and AUPRO of the images in `index`, from one sort of their normal pixels.
+
+    A lesion pixel of score s enters the PRO curve while FPR goes from a (normal pixels above s)
+    to b (at or above s), as a ramp of height w = 1 / (K |C_k|); its area up to the limit l is
+    w (l - (a + b) / 2) if b <= l, w (l - a)^2 / 2 (b - a) if a < l < b, and 0 beyond.
+    """
+    if not 0 < fpr_limit <= 1:
+        raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
+    block = max(1, 2**26 // max(1, maps[0].size))  # 64 M pixels are sorted at a time
+    blocks = [index[k : k + block] for k in range(0, len(index), block)]
+    found, weights, lesions = [], [], 0
+    for part in blocks:
+        abnormal = [i for i in part if masks[i].any()]
+        if abnormal:
+            inside = np.asarray(masks[abnormal], bool)
+            region, k = components(inside)
+            found += [maps[i][m] for i, m in zip(abnormal, inside, strict=True)]
+            weights.append(1 / np.bincount(region)[region])
+            lesions += k
+    if not lesions:
+        raise ValueError(f"no lesion in the masks of {len(index)} images")
+    positive, w = np.concatenate(found), np.concatenate(weights)
+    order = np.argsort(positive)
+    positive, w = positive[order], w[order]
+    negatives = (np.concatenate([maps[i][~masks[i].astype(bool)] for i in p]) for p in blocks)
+    above, reached = _negatives_above(positive, negatives)
+    total = sum(masks[i].size for i in index) - len(positive)
+    if not total:
+        raise ValueError(f"no normal pixel in the masks of {len(index)} images")
+    area = (2 * len(positive) * total - int(above.sum()) - int(reached.sum())) / 2
+    a, b = above / total, reached / total
+    cut = np.maximum(fpr_limit - a, 0) ** 2 / np.maximum(2 * (b - a), 1e-300)
+    ramp = np.where(b <= fpr_limit, fpr_limit - (a + b) / 2, cut)
+    pro = float((w * ramp).sum() / (lesions * fpr_limit))
+    return area / (len(positive) * total), min(pro, 1.0)  # the sum's rounding may pass 1
+
+
+def dice_threshold(
+    maps: Array, masks: Array, index: Array, levels: int = LEVELS
+) -> tuple[float, float]:
+    """argmax_t mean_i Dice(s_i >= t, M_i) over the images in `index`, and that mean.   [P!§4.3 R9]
+
+    The thresholds tried are `levels` of their distinct scores, at even ranks: all of them if
+    there are no more. Each image is sorted once, and all thresholds are searched in it.
+    returns: the threshold (the highest of several) and the mean Dice there.
+    """
+    size = maps[0].size
+    step = (len(index) * size >> 22) | 1  # 4 M scores suffice to rank by; odd, to meet all columns
+    pooled = np.unique(np.concatenate([np.ravel(maps[i])[i % step :: step] for i in index]))
+    ranks = np.linspace(0, len(pooled) - 1, min(levels, len(pooled))).round().astype(int)
+    t = pooled[ranks][::-1]  # (T,) from strict to lax
+    total = np.zeros(len(t))
+    for i in index:
+        mask = np.asarray(masks[i], bool)
+        inside = np.sort(maps[i][mask])
+        hits = len(inside) - np.searchsorted(inside, t, "left")
+        predicted = size - np.searchsorted(np.sort(maps[i], axis=None), t, "left")
+        total += 2 * hits / np.maximum(predicted + len(inside), 1)
+    best = int(total.argmax())
+    return float(t[best]), float(total[best] / len(index))
