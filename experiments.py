@@ -74,7 +74,7 @@ PRINTED: dict[str, Printed] = {f"table {n}": v for n, v in PAPER.items()}
 PRINTED |= {f"figure {n}": v for n, v in PAPER_FIGURES.items()}
 MEASURES = {  # in results.json or log.csv -> heading
     "image_auroc": "AUC",
-    "gain": "AUC over base",  # on the same seed, so on the same test images
+    "gain": "AUC over",  # that of `reference`, seed by seed, so on the same test images
     "specificity": "Specificity",
     "sensitivity": "Sensitivity",
     "accuracy": "Accuracy",
@@ -186,15 +186,16 @@ def rows_of(name: str, options: Mapping[str, str], given: dict[str, Any], seeds:
             raise ValueError(f"{name}, row {row}: {error}") from None
         figures = printed.get(row, [None] * len(columns))
         rows.append(Row(row, text, configs, dict(zip(columns, figures, strict=True))))
-    for row in printed.keys() - options.keys():  # Table 5 has the paper's data sets
-        rows.append(Row(f"paper: {row}", "", (), dict(zip(columns, printed[row], strict=True))))
+    for row, figures in printed.items():  # Table 5 has the paper's data sets
+        if row not in options:
+            rows.append(Row(f"paper: {row}", "", (), dict(zip(columns, figures, strict=True))))
     return rows
 
 
 def read_sweep(file: Path) -> dict[str, str]:
     """A setting a line: its name, then options of pmsacl.py; # begins a comment.
 
-    The table compares the others with the one named `base`, if there is one, seed by seed.
+    The table compares the others with the one named `base`, or the first, seed by seed.
 
     raises: ValueError naming the line.
     """
@@ -222,12 +223,17 @@ def read_sweep(file: Path) -> dict[str, str]:
     return settings
 
 
+def reference(rows: Sequence[Row]) -> str:
+    """The row that the others are compared with: a sweep's `base`, or else the first."""
+    return next((row.name for row in rows if row.name == "base"), rows[0].name)
+
+
 def filled(rows: Sequence[Row], out: Path) -> list[Row]:
-    """The rows with the results of whatever runs are finished, compared with those of `base`."""
+    """The rows with the results of whatever runs are finished, compared with `reference`'s."""
     found = {row.name: [result_of(config, out) for config in row.configs] for row in rows}
     for name, results in found.items():
-        for own, other in zip(results, found.get("base", ()), strict=False):
-            if own and other and name != "base":
+        for own, other in zip(results, found[reference(rows)], strict=False):
+            if own and other and name != reference(rows):
                 own["gain"] = own["image_auroc"] - other["image_auroc"]
     return [dataclasses.replace(r, results=tuple(filter(None, found[r.name]))) for r in rows]
 
@@ -266,6 +272,7 @@ def markdown(title: str, rows: Sequence[Row], digits: int) -> str:
     """The table, our mean ± standard deviation with the paper's figure beside it."""
     columns = headings(rows)
     heads = [f"paper: {name}" if paper else MEASURES[name] for name, paper in columns]
+    heads = [f"{h} {reference(rows)}" if h == MEASURES["gain"] else h for h in heads]
     lines = [["", "seeds", *heads], ["---"] * (2 + len(heads))]
     for row in rows:
         cells = []

@@ -136,14 +136,20 @@ def test_means_and_deviations_are_over_the_seeds(tmp_path):
     assert row.value("minutes")[0] == 1.5 and row.value("aupro") is None
 
 
-def test_a_sweep_is_compared_with_its_base_on_the_same_seeds(tmp_path):
-    options = {"base": "", "raw": "--features raw"}
-    rows = experiments.rows_of("s", options, vars(config()), 3)
-    for (row, seed), auroc in {(0, 1): 0.6, (0, 2): 0.7, (1, 0): 0.9, (1, 1): 0.61}.items():
-        finished(tmp_path, rows[row].configs[seed], auroc)
-    base, raw = experiments.filled(rows, tmp_path)
-    assert raw.value("gain") == (pytest.approx(0.01), None)  # seed 1 is all that both have
-    assert base.value("gain") is None and len(raw.results) == 2
+@pytest.mark.parametrize("names", [("base", "raw"), ("raw", "base"), ("first", "other")])
+def test_rows_are_compared_with_base_or_the_first_on_the_same_seeds(names, tmp_path):
+    settings = {"base": "", "raw": "--features raw", "first": "", "other": "--features raw"}
+    rows = experiments.rows_of("s", {n: settings[n] for n in names}, vars(config()), 3)
+    reference, other = sorted(rows, key=lambda row: row.name)
+    for seed, auroc in {1: 0.6, 2: 0.7}.items():
+        finished(tmp_path, reference.configs[seed], auroc)
+    for seed, auroc in {0: 0.9, 1: 0.61}.items():
+        finished(tmp_path, other.configs[seed], auroc)
+    results = experiments.filled(rows, tmp_path)
+    reference, other = sorted(results, key=lambda row: row.name)
+    assert other.value("gain") == (pytest.approx(0.01), None)  # seed 1 is all that both have
+    assert reference.value("gain") is None and len(other.results) == 2
+    assert f"| AUC over {reference.name} |" in experiments.markdown("t", results, 3)
 
 
 def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
