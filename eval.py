@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import data
+import layouts
 from detectors import load as load_detector
 from figures import (
     choose_cases,
@@ -235,7 +236,7 @@ def score_set(
 
 def evaluate(
     run: Path,
-    dataset: data.Dataset,
+    dataset: layouts.Dataset,
     detectors: Mapping[str, Any],
     images: Array,
     masks: Array | None = None,
@@ -281,7 +282,7 @@ def evaluate(
     return results
 
 
-def _data_key(dataset: data.Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
+def _data_key(dataset: layouts.Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
     """What two rows of a results table must share to be comparable."""
     key = {"layout": dataset.layout, "root": str(dataset.root), "seed": seed}
     return key | {"paper_protocol": paper_protocol}
@@ -327,7 +328,7 @@ def evaluate_run(
     if root is None:
         raise ValueError(f"--data is needed: {run / 'config.json'} names no data set")
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
-    dataset = data.discover(root, seed=seed)
+    dataset = layouts.discover(root, seed=seed)
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
@@ -395,7 +396,9 @@ def _image_files(path: Path) -> list[Path]:
     inside = [
         p
         for p in sorted(path.rglob("*"))
-        if p.suffix.lower() in data.EXTENSIONS and not p.name.startswith(".") and not source_of(p)
+        if p.suffix.lower() in layouts.EXTENSIONS
+        and not p.name.startswith(".")
+        and not source_of(p)
     ]
     if not inside:
         raise ValueError(f"{path}: no images in this folder")

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import data
+import layouts
 import pmsacl
 from figures import dot_chart, png
 from medmix import STRONG
@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.seeds < 1:
             raise ValueError(f"--seeds must be 1 or above, got {args.seeds}")
         if given.get("data"):
-            data.discover(given["data"]).check_test()
+            layouts.discover(given["data"]).check_test()
             given["data"] = str(Path(given["data"]).resolve())
         wanted = {f"table {n}": ROWS[f"table {n}"] for n in args.table}
         wanted |= {f"figure {n}": ROWS[f"figure {n}"] for n in args.figure}

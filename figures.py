@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-import data
+from layouts import Sample
 
 Array = NDArray[Any]
 
@@ -133,7 +133,7 @@ def localisation_figure(
     images: Array,
     maps: Array,
     masks: Array | None,
-    samples: Sequence[data.Sample],
+    samples: Sequence[Sample],
     scores: Array,
     row: Mapping[str, Any],
     shown: Sequence[int],

@@ -35,6 +35,7 @@ import baselines
 import data
 import detectors
 import eval as evaluation
+import layouts
 import medmix
 import phantom
 from encoder import Encoder, ResNet18, channels_last, frozen_averages, start_weights, to_unit
@@ -486,7 +487,7 @@ def pretrain(
 class Images:
     """The decoded data set: what the phases after it share."""
 
-    dataset: data.Dataset
+    dataset: layouts.Dataset
     train: np.ndarray  # (N, 3, S, S) uint8
     test: np.ndarray | None  # (M, 3, S, S) uint8, one for each of dataset.test
     masks: np.ndarray | None  # (M, S, S)
@@ -501,7 +502,7 @@ def prepare(config: Config, run: Path) -> Images:
     root = Path(config.data or run / "phantom")
     if not config.data:
         phantom.draw(root, size=config.image_size)
-    found = data.discover(root, seed=config.seed)
+    found = layouts.discover(root, seed=config.seed)
     found.check_test()  # before anything of a user's data is written
     run.mkdir(parents=True, exist_ok=True)
     size, cache = config.image_size, run / "cache"

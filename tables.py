@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import data
+from layouts import Sample
 from run import write_file
 
 _DETECTION = ("AUC", "Specificity", "Sensitivity", "Accuracy")
@@ -176,7 +176,7 @@ def _table(
 
 def write_scores(
     run: Path,
-    samples: Sequence[data.Sample],
+    samples: Sequence[Sample],
     scores: Mapping[str, NDArray[Any]],
     rows: Mapping[str, Any],
     validation: NDArray[Any],

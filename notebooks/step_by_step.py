@@ -30,6 +30,7 @@ import torch
 from IPython.display import display
 
 import data
+import layouts
 import medmix
 import phantom
 import pmsacl
@@ -41,7 +42,7 @@ from run import generator
 
 folder = Path(tempfile.mkdtemp())
 phantom.draw(folder / "phantom", train=64, good=40, abnormal=40, size=64)
-dataset = data.discover(folder / "phantom")
+dataset = layouts.discover(folder / "phantom")
 images, _ = data.decode(dataset.train, 64, folder)
 x = to_unit(images[:8], "cpu")  # (B, 3, S, S) in [0, 1]
 print(dataset.layout, images.shape)

@@ -18,6 +18,7 @@ import numpy  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from PIL import Image  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -107,3 +108,29 @@ def assert_uniform(draws: torch.Tensor, low: float, high: float) -> None:
     allowed = SIGMAS * (high - low) / math.sqrt(12 * draws.numel())
     assert abs(draws.double().mean().item() - (low + high) / 2) <= allowed
     assert_frequency(draws < low + (high - low) / 4, 0.25)
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40), **save) -> Path:
+    """A smooth colour image, different for each seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = numpy.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=numpy.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, **save)
+    return path
+
+
+def lesion(path: Path, size: tuple[int, int] = (40, 40), value: int = 255) -> Path:
+    """A mask whose left half is set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = numpy.zeros(size[::-1], numpy.uint8)
+    mask[:, : size[0] // 2] = value
+    Image.fromarray(mask).save(path)
+    return path
+
+
+def mvtec(root: Path, n: int = 3) -> Path:
+    for i in range(n):
+        picture(root / f"train/good/{i}.png", i)
+        picture(root / f"test/good/{i}.png", 10 + i)
+        picture(root / f"test/polyp/{i}.jpg", 20 + i)
+        lesion(root / f"ground_truth/polyp/{i}_mask.png")
+    return root

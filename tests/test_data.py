@@ -1,261 +1,23 @@
-"""data.py: layouts, reading as a viewer shows, the decode cache."""
+"""data.py: reading as a viewer shows, masks, the decode cache, progress."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import lesion, mvtec, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import data
+import layouts
 
 S = 32
-
-
-def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40), **save) -> Path:
-    """A smooth colour image, different for each seed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, **save)
-    return path
-
-
-def lesion(path: Path, size: tuple[int, int] = (40, 40), value: int = 255) -> Path:
-    """A mask whose left half is set."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mask = np.zeros(size[::-1], np.uint8)
-    mask[:, : size[0] // 2] = value
-    Image.fromarray(mask).save(path)
-    return path
-
-
-def mvtec(root: Path, n: int = 3) -> Path:
-    for i in range(n):
-        picture(root / f"train/good/{i}.png", i)
-        picture(root / f"test/good/{i}.png", 10 + i)
-        picture(root / f"test/polyp/{i}.jpg", 20 + i)
-        lesion(root / f"ground_truth/polyp/{i}_mask.png")
-    return root
-
-
-# ---------------------------------------------------------------------------------- layouts
-
-
-def test_mvtec(tmp_path):
-    found = data.discover(mvtec(tmp_path))
-    assert found.layout == "MVTec" and found.has_masks and len(found.train) == 3
-    assert [(s.kind, s.label) for s in found.test] == [("good", 0)] * 3 + [("polyp", 1)] * 3
-    assert [s.mask and s.mask.name for s in found.test[3:]] == [f"{i}_mask.png" for i in range(3)]
-    assert all(s.mask is None for s in found.test[:3])
-    found.check_test()
-
-
-def test_masks_match_by_stem_and_never_by_order(tmp_path):
-    mvtec(tmp_path)
-    (tmp_path / "ground_truth/polyp/0_mask.png").unlink()
-    (tmp_path / "ground_truth/polyp/2_mask.png").rename(tmp_path / "ground_truth/polyp/2.png")
-    masks = [s.mask for s in data.discover(tmp_path).test if s.label]
-    assert [m and m.name for m in masks] == [None, "1_mask.png", "2.png"]
-
-
-def test_one_defect_with_masks_and_one_without(tmp_path):
-    mvtec(tmp_path)
-    picture(tmp_path / "test/bleeding/0.jpg")
-    found = data.discover(tmp_path)
-    masks, known = data.decode_masks(found.test, S, tmp_path / "cache")
-    by_kind = {s.kind: bool(k) for s, k in zip(found.test, known, strict=True)}
-    assert by_kind == {"good": True, "polyp": True, "bleeding": False}
-    assert masks.shape == (7, S, S) and not masks[~known].any()
-
-
-@pytest.mark.parametrize("level", ["", "img/"])
-@pytest.mark.parametrize("name", ["anomaly_mask", "label"])
-def test_bmad(tmp_path, level, name):
-    picture(tmp_path / "train/good/a.png")
-    picture(tmp_path / "valid/good/img/v.png")
-    picture(tmp_path / f"test/good/{level}g.png")
-    lesion(tmp_path / f"test/good/{name}/g.png", value=0)
-    picture(tmp_path / f"test/Ungood/{level}u.png")
-    lesion(tmp_path / f"test/Ungood/{name}/u.png")
-    found = data.discover(tmp_path)
-    assert found.layout == "BMAD" and len(found.train) == 1
-    assert {(s.path.name, s.label, s.mask is not None) for s in found.test} == {
-        ("g.png", 0, False),
-        ("u.png", 1, True),
-    }
-
-
-def test_bmad_without_test_reads_valid(tmp_path):
-    picture(tmp_path / "train/good/a.png")
-    picture(tmp_path / "valid/good/img/g.png")
-    picture(tmp_path / "valid/Ungood/img/u.png")
-    assert sorted(s.label for s in data.discover(tmp_path).test) == [0, 1]
-
-
-def test_hyper_kvasir_archive(tmp_path):
-    picture(tmp_path / "train_set/a.jpg")
-    picture(tmp_path / "test_set/normal_test/b.jpg")
-    picture(tmp_path / "test_set/abnormal_test/c.jpg")
-    lesion(tmp_path / "test_set/masks/c.png")
-    found = data.discover(tmp_path)
-    assert found.layout == "Hyper-Kvasir archive"
-    assert sorted((s.label, s.mask is not None) for s in found.test) == [(0, False), (1, True)]
-
-
-def test_train_test_normal_abnormal_in_any_case(tmp_path):
-    picture(tmp_path / "Train/Normal/a.PNG", format="PNG")
-    picture(tmp_path / "Train/Abnormal/x.png")
-    picture(tmp_path / "Test/NORMAL/b.png")
-    picture(tmp_path / "Test/ABNORMAL/c.png")
-    found = data.discover(tmp_path)
-    assert found.layout == "train|test/{normal,abnormal}" and not found.has_masks
-    assert [p.name for p in found.train] == ["a.PNG"]
-    assert sorted(s.label for s in found.test) == [0, 1]
-
-
-def test_medianomaly(tmp_path):
-    for name in "abcd":
-        picture(tmp_path / f"images/{name}.png")
-    lesion(tmp_path / "masks/d.png")
-    lists = {"train": {"0": ["a.png"]}, "test": {"0": ["b.png"], "1": ["c.png", "d.png"]}}
-    (tmp_path / "data.json").write_text(json.dumps(lists))
-    found = data.discover(tmp_path)
-    assert found.layout == "MedIAnomaly" and [p.name for p in found.train] == ["a.png"]
-    assert [(s.kind, s.label, s.mask is not None) for s in found.test] == [
-        ("normal", 0, False),
-        ("abnormal", 1, False),
-        ("abnormal", 1, True),
-    ]
-
-
-@pytest.mark.parametrize(
-    "text", ["not json", "[]", '{"train": {}}', '{"train": {"0": ["no.png"]}}']
-)
-def test_medianomaly_with_a_broken_list(tmp_path, text):
-    picture(tmp_path / "images/a.png")
-    (tmp_path / "data.json").write_text(text)
-    with pytest.raises(ValueError, match="data.json"):
-        data.discover(tmp_path)
-
-
-def kvasir(root: Path, normal: int = 2166, polyps: int = 1000) -> Path:
-    lower = root / "labeled-images/lower-gi-tract"
-    folders = [lower / "anatomical-landmarks/cecum", lower / "anatomical-landmarks/ileum"]
-    folders.append(lower / "quality-of-mucosal-views/bbps-2-3")
-    segmented = root / "segmented-images"
-    for folder in [*folders, segmented / "images", segmented / "masks"]:
-        folder.mkdir(parents=True)
-    for i in range(normal):
-        (folders[i % 3] / f"n{i}.jpg").touch()
-    for i in range(polyps):
-        (segmented / f"images/p{i}.jpg").touch()
-        (segmented / f"masks/p{i}.jpg").touch()
-    (lower / "pathological-findings/polyps").mkdir(parents=True)
-    (lower / "pathological-findings/polyps/x.jpg").touch()
-    return root
-
-
-def test_hyperkvasir_as_shipped_draws_the_papers_sizes(tmp_path):
-    kvasir(tmp_path)
-    found = data.discover(tmp_path, seed=3)
-    train, test = set(found.train), {s.path for s in found.test}
-    assert found.layout == "HyperKvasir" and not train & test
-    assert (len(train), sum(s.label == 0 for s in found.test)) == (1600, 500)
-    lesions = [s for s in found.test if s.label]
-    assert len(lesions) == 1000 and all(s.mask and s.mask.stem == s.path.stem for s in lesions)
-    assert data.discover(tmp_path, seed=3) == found
-    assert data.discover(tmp_path, seed=4).train != found.train
-
-
-def test_hyperkvasir_that_is_incomplete(tmp_path):
-    with pytest.raises(ValueError, match="found 12 and 5"):
-        data.discover(kvasir(tmp_path, normal=12, polyps=5))
-
-
-def test_one_folder(tmp_path):
-    names = [f"{7 * i % 40:02d}.{'jpg' if i % 2 else 'png'}" for i in range(40)]
-    for name in names:
-        (tmp_path / name).touch()
-    found = data.discover(tmp_path)
-    assert [p.name for p in found.train] == sorted(names) and found.test == ()
-    found.check_test()  # nothing to measure is no mistake
-
-
-def test_symlinks_uppercase_and_hidden_files(tmp_path):
-    store, root = tmp_path / "store", tmp_path / "root"
-    picture(store / "deep/x.JPG", format="JPEG")
-    (root / "train").mkdir(parents=True)
-    (root / "train/good").symlink_to(store / "deep", target_is_directory=True)
-    picture(store / "y.png")
-    (store / "deep/link.PNG").symlink_to(store / "y.png")
-    for name in (".hidden.png", "._x.JPG", "Thumbs.db", "desktop.ini", "notes.txt"):
-        (store / "deep" / name).write_text("no image")
-    (store / "deep/.cache").mkdir()
-    picture(store / "deep/.cache/z.png")
-    picture(store / "deep/__MACOSX/z.png")
-    found = data.discover(root)
-    assert [p.name for p in found.train] == ["link.PNG", "x.JPG"]
-    assert data.decode(found.train, S, tmp_path / "cache")[0].shape == (2, 3, S, S)
-
-
-# ----------------------------------------------------------------------- mistakes of layout
-
-
-def test_nothing_to_find(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        data.discover(tmp_path / "missing")
-    with pytest.raises(ValueError, match="found no images but no data set.*Looked for"):
-        data.discover(tmp_path)
-    (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="found other/"):
-        data.discover(tmp_path)
-
-
-def test_no_training_image(tmp_path):
-    mvtec(tmp_path)
-    shutil.rmtree(tmp_path / "train/good")
-    with pytest.raises(ValueError, match="no training images"):
-        data.discover(tmp_path)
-
-
-def test_test_images_without_a_label(tmp_path):
-    picture(tmp_path / "train/good/a.png")
-    picture(tmp_path / "test/b.png")
-    with pytest.raises(ValueError, match="no label"):
-        data.discover(tmp_path)
-
-
-@pytest.mark.parametrize("gone", ["test/good", "test/polyp"])
-def test_one_class_only(tmp_path, gone):
-    mvtec(tmp_path)
-    shutil.rmtree(tmp_path / gone)
-    shutil.rmtree(tmp_path / "ground_truth")
-    found = data.discover(tmp_path)
-    with pytest.raises(ValueError, match="needs? both"):
-        found.check_test()
-
-
-@pytest.mark.parametrize("name", ["ground_truth/polyp/9.png", "ground_truth/ulcer/0.png"])
-def test_a_mask_without_an_image(tmp_path, name):
-    mvtec(tmp_path)
-    lesion(tmp_path / name)
-    with pytest.raises(ValueError, match=f"without an image.*{name}"):
-        data.discover(tmp_path)
-
-
-def test_two_masks_for_one_image(tmp_path):
-    mvtec(tmp_path)
-    lesion(tmp_path / "ground_truth/polyp/0.png")
-    with pytest.raises(ValueError, match="two masks"):
-        data.discover(tmp_path)
 
 
 # -------------------------------------------------------------------------------- reading
@@ -451,7 +213,7 @@ def test_a_mask_of_another_size(tmp_path):
     lesion(tmp_path / "ground_truth/polyp/1_mask.png", size=(41, 40))
     lesion(tmp_path / "ground_truth/polyp/2_mask.png", size=(20, 20))
     with pytest.raises(ValueError, match="1_mask.png: mask of 41 x 40.*40 x 40.*2_mask.png"):
-        data.decode_masks(data.discover(tmp_path).test, S, tmp_path / "cache")
+        data.decode_masks(layouts.discover(tmp_path).test, S, tmp_path / "cache")
 
 
 def test_a_mask_follows_its_image_when_exif_turns_it(tmp_path):
@@ -464,7 +226,7 @@ def test_a_mask_follows_its_image_when_exif_turns_it(tmp_path):
 
 
 def test_decode_masks(tmp_path):
-    found = data.discover(mvtec(tmp_path))
+    found = layouts.discover(mvtec(tmp_path))
     masks, known = data.decode_masks(found.test, S, tmp_path / "cache")
     assert masks.dtype == np.uint8 and known.all() and not masks[:3].any()
     assert (masks[3:, :, : S // 2] == 1).all() and not masks[3:, :, S // 2 :].any()

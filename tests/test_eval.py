@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
 import eval as ev
+import layouts
 import measures
 
 U64 = 2.0**-53  # one rounding in float64
@@ -268,7 +268,7 @@ def test_evaluate_without_masks_skips_the_pixel_measures(run, tmp_path):
 
 
 def test_evaluate_takes_as_many_images_as_samples(tmp_path):
-    dataset = data.discover(make_set(tmp_path / "set"))
+    dataset = layouts.discover(make_set(tmp_path / "set"))
     with pytest.raises(ValueError, match="3 images for 12 test samples"):
         ev.evaluate(tmp_path, dataset, {}, np.zeros((3, 3, 32, 32), np.uint8), seed=0)
     one = dataclasses.replace(dataset, test=dataset.test[:6])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import data
 import figures
+import layouts
 
 
 def test_heat_colours_grow_brighter():
@@ -59,7 +59,7 @@ def test_cases_for_a_figure_cover_the_best_and_the_worst():
 
 def test_frames_are_green_around_what_is_judged_rightly():
     images = np.zeros((4, 3, 16, 16), np.uint8)
-    samples = [data.Sample(Path("x"), label, "kind") for label in (1, 0, 1, 0)]
+    samples = [layouts.Sample(Path("x"), label, "kind") for label in (1, 0, 1, 0)]
     scores = np.array([2.0, 0.0, 0.5, 1.0])  # found, passed, missed, false alarm
     row = {"threshold": 1.0, "map_scale": (0.0, 1.0), "pixel_threshold": 0.5}
     maps, masks = np.zeros((4, 16, 16), np.float32), np.zeros((4, 16, 16), bool)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 import data
+import layouts
 import phantom
 
 
@@ -18,7 +19,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_phantom_is_an_mvtec_folder_with_masks(tmp_path):
     phantom.draw(tmp_path / "p", train=4, good=3, abnormal=6, size=64, seed=1)
-    found = data.discover(tmp_path / "p")
+    found = layouts.discover(tmp_path / "p")
     assert found.layout == "MVTec" and (len(found.train), len(found.test)) == (4, 9)
     found.check_test()
     masks, known = data.decode_masks(found.test, 64, tmp_path / "c")
@@ -68,7 +69,7 @@ def test_phantom_is_left_alone_when_it_is_there_and_never_overwrites(tmp_path):
         phantom.draw(tmp_path / "mine")
     (tmp_path / "empty").mkdir()
     phantom.draw(tmp_path / "empty", train=1, good=0, abnormal=0, size=32)
-    assert len(data.discover(tmp_path / "empty").train) == 1
+    assert len(layouts.discover(tmp_path / "empty").train) == 1
 
 
 def test_no_half_written_phantom(tmp_path, monkeypatch):

@@ -1,0 +1,240 @@
+"""Folder layouts: which images are for training, which for testing, and which mask is whose.
+
+PMSACL: Tian et al., "Self-supervised Pseudo Multi-class Pre-training for Unsupervised Anomaly
+Detection and Segmentation in Medical Images", section 4.1 (data sets). No image is opened here:
+decoding and checking them is in data.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+EXTENSIONS = set(".png .jpg .jpeg .jpe .jfif .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
+NORMAL = {"good", "normal", "normal_test", "healthy"}
+MASKS = {"ground_truth", "anomaly_mask", "mask", "masks", "label", "annotation", "annotations"}
+HYPERKVASIR_NORMAL = ("bbps-2-3", "cecum", "ileum")  # [P:§4.1]
+HYPERKVASIR_DRAW = (1600, 500, 1000)  # train, test normal, test abnormal        [P:§4.1]
+LOOKED_FOR = (
+    "train/ and test/ with good/ or normal/ and defect folders (MVTec, BMAD); "
+    "train_set/ and test_set/ (Hyper-Kvasir archive); data.json and images/ (MedIAnomaly); "
+    "cecum/, ileum/, bbps-2-3/ and segmented images/ and masks/ (HyperKvasir as shipped); "
+    "or images directly in the folder"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test image: label 0 normal, 1 abnormal; kind its folder's name; mask None if unknown."""
+
+    path: Path
+    label: int
+    kind: str
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `discover` found. layout names the convention; train holds normal images only."""
+
+    layout: str
+    root: Path
+    train: tuple[Path, ...]
+    test: tuple[Sample, ...]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any abnormal test image has a mask, so that pixel measures exist."""
+        return any(s.mask is not None for s in self.test)
+
+    def check_test(self) -> None:
+        """raises: ValueError if there is a test split but it has only one of the two classes."""
+        abnormal = sum(s.label for s in self.test)
+        if self.test and abnormal in (0, len(self.test)):
+            raise ValueError(
+                f"{self.root}: the test split holds {len(self.test) - abnormal} normal and "
+                f"{abnormal} abnormal images; the measures need both classes"
+            )
+
+
+def discover(root: str | Path, *, seed: int = 0) -> Dataset:
+    """Recognise the layout of a folder and list its training and test images, sorted by path.
+
+    MVTec, BMAD, the Hyper-Kvasir archive, train|test/{normal,abnormal}, MedIAnomaly's data.json,
+    HyperKvasir as its site ships it, or one flat folder (training only). Names of folders match
+    in any case; hidden files are left out. valid/ (BMAD) is read only where test/ is missing.
+
+    root:    folder; no image is opened here.
+    seed:    of the draw of 1,600 / 500 / 1,000 images from HyperKvasir; unused elsewhere.
+    returns: Dataset; its test split may be empty or hold one class (see Dataset.check_test).
+    raises:  ValueError if no layout fits, no training image is found, or a mask has no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder of images")
+    for read in (_medianomaly, _splits, _hyperkvasir, _flat):
+        dataset = read(root, seed)
+        if dataset is not None:
+            break
+    else:
+        inside = ", ".join(f"{name}/" for name in sorted(_folders(root))[:8]) or "no images"
+        raise ValueError(f"{root}: found {inside} but no data set. Looked for {LOOKED_FOR}")
+    if not dataset.train:
+        raise ValueError(f"{root}: recognised as {dataset.layout}, but it has no training images")
+    return dataset
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _folders(folder: Path) -> dict[str, Path]:
+    """The visible subfolders, by lower-case name."""
+    return {p.name.lower(): p for p in sorted(folder.iterdir()) if _visible(p.name) and p.is_dir()}
+
+
+def _images(folder: Path, *, deep: bool = False) -> list[Path]:
+    """Files named as images, sorted; deep: also in subfolders, except those that hold masks."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        found += [Path(parent, f) for f in files if _visible(f)]
+        folders[:] = [f for f in folders if deep and _visible(f) and f.lower() not in MASKS]
+    return sorted(p for p in found if p.suffix.lower() in EXTENSIONS)
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Masks by the stem of their image: `000.png` and `000_mask.png` both belong to `000.*`."""
+    masks: dict[str, Path] = {}
+    for path in paths:
+        stem = path.stem[:-5] if path.stem.lower().endswith("_mask") else path.stem
+        if stem in masks:
+            raise ValueError(f"two masks for one image: {masks[stem]} and {path}; keep one")
+        masks[stem] = path
+    return masks
+
+
+def _refuse_orphans(masks: Iterable[Path], used: set[Path]) -> None:
+    orphans = [str(p) for p in masks if p not in used]
+    if orphans:
+        more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
+        raise ValueError(
+            f"masks without an image of the same name: {', '.join(orphans[:5])}{more}; "
+            "rename them, or add the images to the test folder"
+        )
+
+
+def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Sample, ...]:
+    """Test images with their masks, which are matched by stem and never by sorted order.
+
+    Masks of kind K lie in ROOT/ground_truth/K, TEST/K/anomaly_mask, or, for all the kinds
+    together, in ROOT/masks or TEST/masks (each under any of the names in MASKS).
+
+    kinds:   the images of each folder name.
+    raises:  ValueError if a mask belongs to no image.
+    """
+    parents = [root] if test == root else [root, test]
+    holders = [f for parent in parents for n, f in _folders(parent).items() if n in MASKS]
+    shared = _by_stem(p for f in holders for p in _images(f))
+    used: set[Path] = set()
+    samples = []
+    for kind, paths in kinds.items():
+        label = int(kind.lower() not in NORMAL)
+        inner = _folders(test / kind) if (test / kind).is_dir() else {}
+        own_folders = [f for n, f in inner.items() if n in MASKS]
+        own_folders += [s for f in holders for n, s in _folders(f).items() if n == kind.lower()]
+        found = (p for f in own_folders for p in _images(f, deep=True))
+        own = _by_stem(found) if label else {}
+        for path in paths:
+            mask = own.get(path.stem) or shared.get(path.stem)
+            used |= {mask} if mask else set()
+            samples.append(Sample(path, label, kind, mask if label else None))
+        _refuse_orphans(own.values(), used)
+    known = NORMAL | {kind.lower() for kind in kinds}
+    strays = [s for f in holders for n, s in _folders(f).items() if n not in known]
+    _refuse_orphans([*shared.values(), *(p for f in strays for p in _images(f))], used)
+    return tuple(samples)
+
+
+def _splits(root: Path, _seed: int) -> Dataset | None:
+    """train/ and test/ with one folder for each kind: MVTec, BMAD, the authors' archive."""
+    folders = _folders(root)
+    train = folders.get("train") or folders.get("train_set")
+    test = folders.get("test") or folders.get("test_set") or folders.get("valid")
+    if train is None:
+        return None
+    normal = [f for name, f in _folders(train).items() if name in NORMAL]
+    healthy = [p for f in normal for p in _images(f, deep=True)] if normal else _images(train)
+    if test is None:
+        return Dataset("train folder", root, tuple(healthy), ())
+    inner = {f.name: f for name, f in _folders(test).items() if name not in MASKS}
+    if not inner and _images(test):
+        raise ValueError(f"{test}: its images lie in no good/ or <defect>/ folder, so no label")
+    kinds = {name: _images(f, deep=True) for name, f in inner.items()}
+    if train.name.lower() == "train_set":
+        layout = "Hyper-Kvasir archive"
+    elif any(k.lower() == "ungood" or "img" in _folders(f) for k, f in inner.items()):
+        layout = "BMAD"
+    elif {k.lower() for k in kinds} <= {"normal", "abnormal"}:
+        layout = "train|test/{normal,abnormal}"
+    else:
+        layout = "MVTec"
+    return Dataset(layout, root, tuple(healthy), _samples(root, test, kinds))
+
+
+def _medianomaly(root: Path, _seed: int) -> Dataset | None:
+    """data.json: {"train": {"0": [names]}, "test": {"0": [names], "1": [names]}}; images/."""
+    listing, folder = root / "data.json", root / "images"
+    if not (listing.is_file() and folder.is_dir()):
+        return None
+    try:
+        lists = json.loads(listing.read_text(encoding="utf-8"))
+        train = [folder / name for name in lists["train"]["0"]]
+        kinds = {
+            kind: [folder / name for name in lists["test"].get(key, [])]
+            for key, kind in (("0", "normal"), ("1", "abnormal"))
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'{listing}: expected {{"train": {{"0": [...]}}, "test": {{"0": [...], "1": [...]}}}}'
+        ) from error
+    missing = [str(p) for p in [*train, *kinds["normal"], *kinds["abnormal"]] if not p.is_file()]
+    if missing:
+        raise ValueError(f"{listing}: {len(missing)} listed files are missing, first {missing[0]}")
+    return Dataset("MedIAnomaly", root, tuple(train), _samples(root, root, kinds))
+
+
+def _hyperkvasir(root: Path, seed: int) -> Dataset | None:
+    """labeled-images/…/{cecum,ileum,bbps-2-3} and segmented-images/{images,masks}.   [P:§4.1]
+
+    The paper's own subset is unpublished: 1,600 / 500 normal and 1,000 abnormal images are drawn.
+    """
+    walk = [Path(parent) for parent, _, _ in os.walk(root, followlinks=True)]
+    normal = [p for f in walk if f.name in HYPERKVASIR_NORMAL for p in _images(f)]
+    polyps = [f for f in walk if f.name == "images" and (f.parent / "masks").is_dir()]
+    if not normal or not polyps:
+        return None
+    masks = _by_stem(p for f in polyps for p in _images(f.parent / "masks"))
+    abnormal = [p for f in polyps for p in _images(f)]
+    _refuse_orphans(masks.values(), {masks[p.stem] for p in abnormal if p.stem in masks})
+    train, good, lesions = HYPERKVASIR_DRAW
+    if len(normal) < train + good or len(abnormal) < lesions:
+        raise ValueError(
+            f"{root}: HyperKvasir needs {train + good} normal and {lesions} segmented images, "
+            f"found {len(normal)} and {len(abnormal)}; unpack labeled-images and segmented-images"
+        )
+    rng = np.random.default_rng(seed)
+    picked = [normal[i] for i in rng.permutation(len(normal))[: train + good]]
+    drawn = sorted(rng.permutation(len(abnormal))[:lesions])
+    test = [Sample(p, 0, p.parent.name) for p in sorted(picked[train:])]
+    test += [Sample(abnormal[i], 1, "polyp", masks.get(abnormal[i].stem)) for i in drawn]
+    return Dataset("HyperKvasir", root, tuple(sorted(picked[:train])), tuple(test))
+
+
+def _flat(root: Path, _seed: int) -> Dataset | None:
+    found = _images(root)
+    return Dataset("one folder", root, tuple(found), ()) if found else None
