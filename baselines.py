@@ -14,6 +14,9 @@ over the views of a strong set takes every strong image for another instance, so
 copies of an image repel it; over plain images it is SimCLR. It is eq. 5 with alpha = 1 and centres
 at 0, and so runs on eq. 5's kernels. `imagenet` and `random` are start weights without training.
 
+Table 9's Rot-Net cites Golan & El-Yaniv 2018, who tell 72 geometric transformations apart; this is
+what its name says, four rotations.
+
 Not here: the papers' anomaly scores (Table 9 puts PaDiM on all of them), LARS, queues and large
 batches, CSI's and DROC's other strong sets.
 

@@ -33,6 +33,7 @@ from figures import (
     png,
     source_of,
 )
+from measures import aupro as aupro  # eval.aupro, beside the measures below
 from measures import (
     auroc,
     confusion,

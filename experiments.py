@@ -8,7 +8,7 @@ Options that are not listed by --help are pmsacl.py's and hold for every run. Fi
 the same settings are reused, also by other tables, and a run that was cut off goes on: give the
 same command again. The tables are written anew after each run, as .md, .csv and .png.
 
-Not here: what a run does (pmsacl.py), its measures (eval.py), the paper's numbers (tables.py).
+Not here: what a run does (pmsacl.py), its measures (measures.py), the paper's numbers (tables.py).
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ ROWS: dict[str, dict[str, str]] = {
     "figure 6": {name: f"--strong {name}" for name in STRONG},
     "figure 7": {f"|A| = {k}": f"--classes {k}" for k in range(1, 9)},
 }
+DETECTOR = {"table 10": "igd", "figure 6": "igd"}  # the paper's, where it is not PaDiM
 Printed = tuple[str, tuple[str, ...], Mapping[str, Sequence[float | None]]]
 PRINTED: dict[str, Printed] = {f"table {n}": v for n, v in PAPER.items()}
 PRINTED |= {f"figure {n}": v for n, v in PAPER_FIGURES.items()}
@@ -82,7 +83,7 @@ MEASURES = {  # in results.json or log.csv -> heading
     "aupro": "AUPRO",
     "pretext": "f_beta's accuracy",
     "spread": "spread of z",
-    "minutes": "minutes a run",
+    "minutes": "minutes a run",  # of the last process, if it was cut off and resumed
 }
 
 
@@ -93,6 +94,7 @@ class Row:
     name: str
     options: str
     configs: tuple[Config, ...]  # one a seed
+    detector: str  # whose measures are shown: padim or igd
     paper: Mapping[str, float | None]  # heading -> figure
     results: tuple[Mapping[str, float], ...] = ()  # one a finished run
     trouble: str = ""
@@ -126,7 +128,7 @@ def _same(config: Config, saved: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _idle(config: Config) -> set[str]:
-    """Options that change nothing in the run's numbers."""
+    """Options that change nothing in what a run does; runs of another device are reused."""
     of_igd = {n for n in Config.__dataclass_fields__ if n.startswith(("igd_", "local"))}
     return {"out", "device", "preset"} | (of_igd if config.detector == "padim" else set())
 
@@ -147,16 +149,13 @@ def run(config: Config, out: Path) -> None:
         pmsacl.main_job(dataclasses.replace(config, out=str(folder)), folder)
 
 
-def result_of(config: Config, out: Path) -> dict[str, float] | None:
-    """MEASURES of a finished run; None if there is none.
-
-    The detector is the one that was asked for, IGD if both were.
-    """
+def result_of(config: Config, detector: str, out: Path) -> dict[str, float] | None:
+    """MEASURES of a finished run with one of its detectors; None if there is no such run."""
     folder = folder_of(config, out)
     if not (folder / "results.json").exists():
         return None
     results = json.loads((folder / "results.json").read_text())
-    row = results["padim" if config.detector == "padim" else "igd"]
+    row = results[detector]
     found = {name: row[name] for name in MEASURES if name in row}
     found["minutes"] = sum(results["seconds"].values()) / 60
     if (folder / "log.csv").exists():
@@ -181,14 +180,17 @@ def rows_of(name: str, options: Mapping[str, str], given: dict[str, Any], seeds:
     for row, text in options.items():
         own, _ = parse(shlex.split(text))
         try:
-            configs = tuple(settle(given | own | {"seed": seed}) for seed in range(seeds))
+            own = {"detector": DETECTOR.get(name, "padim")} | given | own
+            configs = tuple(settle(own | {"seed": seed}) for seed in range(seeds))
         except ValueError as error:
             raise ValueError(f"{name}, row {row}: {error}") from None
         figures = printed.get(row, [None] * len(columns))
-        rows.append(Row(row, text, configs, dict(zip(columns, figures, strict=True))))
+        shown = own["detector"] if own["detector"] != "both" else DETECTOR.get(name, "padim")
+        rows.append(Row(row, text, configs, shown, dict(zip(columns, figures, strict=True))))
     for row, figures in printed.items():  # Table 5 has the paper's data sets
         if row not in options:
-            rows.append(Row(f"paper: {row}", "", (), dict(zip(columns, figures, strict=True))))
+            paper = dict(zip(columns, figures, strict=True))
+            rows.append(Row(f"paper: {row}", "", (), "", paper))
     return rows
 
 
@@ -230,7 +232,7 @@ def reference(rows: Sequence[Row]) -> str:
 
 def filled(rows: Sequence[Row], out: Path) -> list[Row]:
     """The rows with the results of whatever runs are finished, compared with `reference`'s."""
-    found = {row.name: [result_of(config, out) for config in row.configs] for row in rows}
+    found = {row.name: [result_of(c, row.detector, out) for c in row.configs] for row in rows}
     for name, results in found.items():
         for own, other in zip(results, found[reference(rows)], strict=False):
             if own and other and name != reference(rows):
@@ -244,7 +246,7 @@ def carry_out(name: str, rows: list[Row], out: Path) -> Iterator[list[Row]]:
     todo = [(i, seed) for seed in range(seeds) for i, row in enumerate(rows) if row.configs]
     for count, (i, seed) in enumerate(todo, 1):
         config = rows[i].configs[seed]
-        if result_of(config, out) is None and not rows[i].trouble:
+        if result_of(config, rows[i].detector, out) is None and not rows[i].trouble:
             say(f"\n{name}: {rows[i].name}, seed {seed} (run {count} of {len(todo)})")
             try:
                 run(config, out)
@@ -319,10 +321,14 @@ def write(name: str, rows: Sequence[Row], given: Mapping[str, Any], out: Path) -
     """NAME-DATASET-HASH.md, .csv and .png in `out`; the Markdown text."""
     config = next(row.configs[0] for row in rows if row.configs)
     shared = {k: v for k, v in given.items() if k not in ("data", "device")}
-    digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:6]
+    named = json.dumps(shared | {"data": config.data}, sort_keys=True)
+    digest = hashlib.sha256(named.encode()).hexdigest()[:6]
     stem = f"{name.replace(' ', '')}-{_dataset(config)}-{digest}"
-    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in shared.items()) or "defaults"
-    measured = f"{'PaDiM' if config.detector == 'padim' else 'IGD'} on {_dataset(config)}"
+    values = {k.replace("_", "-"): "" if v is True else f" {v}" for k, v in shared.items()}
+    options = " ".join(f"--{k}{v}" for k, v in values.items()) or "defaults"
+    detectors = {"padim": "PaDiM", "igd": "IGD"}
+    shown = [name for key, name in detectors.items() if any(r.detector == key for r in rows)]
+    measured = f"{' and '.join(shown)} on {_dataset(config)}"
     title = f"{name.capitalize()}: {measured}"
     if name in PRINTED:
         title += f"; paper: {PRINTED[name][0]}"
@@ -365,7 +371,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.seeds < 1:
             raise ValueError(f"--seeds must be 1 or above, got {args.seeds}")
         if given.get("data"):
-            layouts.discover(given["data"]).check_test()
+            found = layouts.discover(given["data"])
+            if not found.test:
+                raise ValueError(f"{given['data']}: {found.layout}, no test images to measure on")
+            found.check_test()
             given["data"] = str(Path(given["data"]).resolve())
         wanted = {f"table {n}": ROWS[f"table {n}"] for n in args.table}
         wanted |= {f"figure {n}": ROWS[f"figure {n}"] for n in args.figure}

@@ -59,7 +59,7 @@ def image_grid(
 
     cells:   rows of images: PIL, (3, S, S) or (S, S, 3) uint8; None leaves the place empty.
     rows:    a label left of each row.    columns: a label above each column, of one line or more.
-    title:   above all, larger.               note:    below all; its lines are kept.
+    title:   above all, larger.               note:    below all, wrapped.
     side:    pixels of a cell; images are resized to it.
     """
     font, large, gap, line = ImageFont.load_default(14), ImageFont.load_default(18), 6, 18

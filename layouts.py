@@ -66,8 +66,9 @@ def discover(root: str | Path, *, seed: int = 0) -> Dataset:
     """Recognise the layout of a folder and list its training and test images, sorted by path.
 
     MVTec, BMAD, the Hyper-Kvasir archive, train|test/{normal,abnormal}, MedIAnomaly's data.json,
-    HyperKvasir as its site ships it, or one flat folder (training only). Names of folders match
-    in any case; hidden files are left out. valid/ (BMAD) is read only where test/ is missing.
+    HyperKvasir as its site ships it, or one flat folder (training only). Names of train, test,
+    class and mask folders match in any case; hidden files are left out. valid/ (BMAD) is read only
+    where test/ is missing.
 
     root:    folder; no image is opened here.
     seed:    of the draw of 1,600 / 500 / 1,000 images from HyperKvasir; unused elsewhere.
@@ -135,12 +136,13 @@ def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Samp
     together, in ROOT/masks or TEST/masks (each under any of the names in MASKS).
 
     kinds:   the images of each folder name.
-    raises:  ValueError if a mask belongs to no image.
+    raises:  ValueError if a mask belongs to no image, or to two.
     """
     parents = [root] if test == root else [root, test]
     holders = [f for parent in parents for n, f in _folders(parent).items() if n in MASKS]
     shared = _by_stem(p for f in holders for p in _images(f))
     used: set[Path] = set()
+    taken: dict[Path | None, Path] = {}  # masks of abnormal images
     samples = []
     for kind, paths in kinds.items():
         label = int(kind.lower() not in NORMAL)
@@ -151,7 +153,10 @@ def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Samp
         own = _by_stem(found) if label else {}
         for path in paths:
             mask = own.get(path.stem) or shared.get(path.stem)
+            if label and mask in taken:
+                raise ValueError(f"{mask}: is it of {taken[mask]} or of {path}? rename one of them")
             used |= {mask} if mask else set()
+            taken |= {mask: path} if label and mask else {}
             samples.append(Sample(path, label, kind, mask if label else None))
         _refuse_orphans(own.values(), used)
     known = NORMAL | {kind.lower() for kind in kinds}

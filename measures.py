@@ -212,8 +212,8 @@ def dice_threshold(
 ) -> tuple[float, float]:
     """argmax_t mean_i Dice(s_i >= t, M_i) over the images in `index`, and that mean.   [P!§4.3 R9]
 
-    The thresholds tried are `levels` of their distinct scores, at even ranks: all of them if
-    there are no more. Each image is sorted once, and all thresholds are searched in it.
+    The thresholds tried are `levels` of their distinct scores (of 4 million or so, if there are
+    more), at even ranks. Each image is sorted once, and all thresholds are searched in it.
     returns: the threshold (the highest of several) and the mean Dice there.
     """
     size = maps[0].size

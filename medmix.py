@@ -38,7 +38,8 @@ from weak import (
     side_of,
     uniform,
     whole_number,
-)  # fmt: skip
+)
+from weak import weak as weak  # medmix.weak, beside the strong ones
 
 LESION_ASPECT = (1 / 3, 3.0)  # height / width                          [P!§4.2 R12]
 LESION_JITTER = (0.6, 0.6, 0.6, 0.1)  # brightness, contrast, saturation, hue

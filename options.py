@@ -116,6 +116,8 @@ class Config:
         for name in ("crop_area", "igd_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise _bad(self, name, "from 0 to 1")
+        if "pos" in self.terms.split(",") and self.image_size < 64:
+            raise _bad(self, "terms", f"without pos (eq. 9) at --image-size {self.image_size}")
         if self.strong == "permutation" and self.classes > len(medmix.TILES):
             raise _bad(self, "classes", f"{len(medmix.TILES)} or below with --strong permutation")
         _check_method(self)
@@ -172,9 +174,12 @@ def positive_scale(config: Config) -> str | float:
     if config.positive_scale in ("kappa", "tau"):
         return config.positive_scale
     try:
-        return float(config.positive_scale)
+        number = float(config.positive_scale)
     except ValueError:
-        raise _bad(config, "positive_scale", "kappa, tau or a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise _bad(config, "positive_scale", "kappa, tau or a number")
+    return number
 
 
 AS_PRINTED = {  # what the paper prints, in place of our defaults for R2, R17 and R20

@@ -167,8 +167,7 @@ def test_each_method_is_its_strong_set_and_its_formula(method):
         assert list(terms) == list(want)
     for name, value in want.items():
         assert float(terms[name].detach()) == pytest.approx(value, rel=1e-5), name
-    strong = {"simclr": 1, "pmsacl": 4}.get(method, 4)
-    assert len(views) == 2 * 2 * strong
+    assert len(views) == 2 * 2 * config.classes
 
 
 # --- in the loop -------------------------------------------------------------------------------
@@ -235,6 +234,26 @@ def test_random_trains_nothing_and_its_detector_is_the_untrained_one(tmp_path):
 # --- settings ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("method", "strong", "classes", "terms", "tau"),
+    [
+        ("simclr", "medmix", 1, "con", 0.5),  # one class: no strong augmentation
+        ("rotnet", "rotation", 4, "aug", 0.2),
+        ("csi", "rotation", 4, "con,aug", 0.5),
+        ("droc", "rotation", 4, "con", 0.2),
+        ("supcon", "medmix", 4, "sup", 0.1),
+        ("ccd", "permutation", 4, "con,aug,pos", 0.2),
+        ("pmsacl", "medmix", 4, "ctr,pmsacl,aug", 0.2),
+    ],
+)
+def test_each_method_has_its_strong_set_its_terms_and_its_temperature(
+    method, strong, classes, terms, tau
+):
+    config = options.settle({"method": method, "data": "x"})
+    assert (config.strong, config.classes, config.tau) == (strong, classes, tau)
+    assert sorted(config.terms.split(",")) == sorted(terms.split(","))
+
+
 def test_a_method_sets_what_the_user_does_not():
     config = options.settle({"method": "ccd", "data": "x"})
     assert (config.strong, config.terms) == ("permutation", "con,aug,pos")
@@ -260,6 +279,8 @@ def test_as_printed_sets_the_papers_readings_and_gives_way_to_options():
         ({"method": "moco"}, "--method must be one of pmsacl, ccd"),
         ({"method": "simclr", "terms": "aug"}, "--terms must be a comma-separated list out of con"),
         ({"terms": "con"}, "out of ctr, pmsacl, aug, pos"),
+        ({"terms": "aug,pos", "image_size": 32}, "--terms must be without pos"),
+        ({"positive_scale": "nan"}, "--positive-scale must be"),
         ({"method": "imagenet", "init": "random"}, "--init must be imagenet"),
         ({"method": "random", "init": "imagenet"}, "--init must be random"),
         ({"strong": "blur"}, "--strong"),

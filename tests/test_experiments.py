@@ -67,6 +67,17 @@ def test_rows_of_table_8_differ_by_what_they_are_called():
     assert settings[3]["alpha"] == 1 and settings[4]["alpha"] == Config.alpha
 
 
+def test_a_table_shows_the_papers_detector_unless_told():
+    def shown(name, **given):
+        [row] = experiments.rows_of(name, {"medmix": ""}, {"data": "x"} | given, 1)[:1]
+        return row.configs[0].detector, row.detector
+
+    assert shown("figure 7") == ("padim", "padim") and shown("figure 6") == ("igd", "igd")
+    assert shown("figure 6", detector="padim") == ("padim", "padim")
+    assert shown("figure 6", detector="both") == ("both", "igd")
+    assert shown("figure 7", detector="both") == ("both", "padim")
+
+
 def test_options_of_a_row_win_over_those_of_all():
     rows = experiments.rows_of("table 9", experiments.ROWS["table 9"], {"init": "random"}, 1)
     by_name = {row.name: row.configs[0] for row in rows}
@@ -152,6 +163,22 @@ def test_rows_are_compared_with_base_or_the_first_on_the_same_seeds(names, tmp_p
     assert f"| AUC over {reference.name} |" in experiments.markdown("t", results, 3)
 
 
+def test_tables_of_two_data_sets_do_not_overwrite_each_other(tmp_path):
+    for data in ("/x/images", "/y/images"):
+        given = {"data": data, "skip_bad": True}
+        rows = experiments.rows_of("s", {"a": ""}, given, 1)
+        assert "`--skip-bad`" in experiments.write("s", rows, given, tmp_path)
+    assert len(list(tmp_path.glob("*.md"))) == 2
+
+
+def test_a_data_set_without_test_images_is_refused(tmp_path, capsys):
+    phantom.draw(tmp_path / "set", train=3, good=1, abnormal=1, size=32)
+    command = ["--table", "9", "--data", str(tmp_path / "set/train/good")]
+    assert experiments.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "one folder, no test images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     tried = []
 
@@ -188,9 +215,8 @@ def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, 
     assert experiments.main([*command, *OPTIONS]) == 0
     after = [file.stat().st_mtime_ns for file in sorted(out.glob("*/results.json"))]
     assert after[0] != before[0] and after[1] == before[1]
-    assert len(list((out / "cache").glob("*.npy"))) == len(
-        {f.name for f in out.glob("*/cache/*.npy")}
-    )
+    decoded = {file.name for file in (out / "cache").glob("*.u8")}
+    assert decoded and decoded == {file.name for file in out.glob("*/cache/*.u8")}
     names = {file.suffix for file in out.glob("pair-phantom-*")}
     assert names == {".md", ".csv", ".png"}
     [table] = out.glob("pair-phantom-*.csv")

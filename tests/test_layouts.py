@@ -215,6 +215,15 @@ def test_a_mask_without_an_image(tmp_path, name):
         layouts.discover(tmp_path)
 
 
+def test_one_mask_for_two_images(tmp_path):
+    mvtec(tmp_path)
+    lesion(tmp_path / "masks/7.png")
+    for kind in ("polyp", "ulcer"):
+        picture(tmp_path / f"test/{kind}/7.png")
+    with pytest.raises(ValueError, match="masks/7.png: .*polyp/7.png or of .*ulcer/7.png"):
+        layouts.discover(tmp_path)
+
+
 def test_two_masks_for_one_image(tmp_path):
     mvtec(tmp_path)
     lesion(tmp_path / "ground_truth/polyp/0.png")

@@ -1,4 +1,4 @@
-"""The tags in the code, the README's equation map and its table of readings agree."""
+"""The tags in the code, the README's equation map and its table of readings agree; names stand."""
 
 from __future__ import annotations
 
@@ -41,3 +41,21 @@ def test_each_reading_that_the_code_cites_has_its_row_and_each_row_is_cited():
     cited = {r for text in SOURCES.values() for tag in re.findall(r"\[(P[:!][^\]]*)\]", text)
              for r in re.findall(r"R\d+", tag)}  # fmt: skip
     assert rows == cited
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "pmsacl": "class_centres multi_centring_loss contrastive_loss augmentation_loss "
+        "position_loss",
+        "medmix": "weak medmix rotation permutation cutout gaussian_noise cutmix",
+        "encoder": "ResNet18",
+        "detectors": "PaDiM IGD ms_ssim",
+        "eval": "auroc aupro iou dice youden_threshold confusion",
+        "kernels.contrastive": "contrastive",
+        "kernels.mahalanobis": "mahalanobis",
+    }.items(),
+)
+def test_the_names_that_others_rely_on_stand(module, names):
+    owner = importlib.import_module(module)
+    assert all(callable(getattr(owner, name)) for name in names.split())
