@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run import say
+from run import read_saved, say
 
 T = TypeVar("T", Tensor, nn.Module)
 
@@ -241,10 +240,13 @@ def start_weights(backbone: ResNet18, init: str) -> str:
         backbone.load_state_dict(weights)
         return "imagenet"
     try:
-        backbone.load_state_dict(torch.load(init, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--init {init}: no state dict of a resnet18 ({reason})") from None
+        backbone.load_state_dict(read_saved(init, "state dict", "cpu"))
+    except OSError as error:
+        raise ValueError(f"--init {init}: {error.strerror}") from None
+    except Exception:  # whatever the file holds, it may be anything
+        raise ValueError(
+            f"--init {init}: no state dict of a resnet18; give a run's encoder.pt or torchvision's"
+        ) from None
     return Path(init).name
 
 

@@ -9,7 +9,6 @@ Sizes: N images, S pixels a side.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -43,7 +42,7 @@ from measures import (
     pixel_measures,
     youden_threshold,
 )
-from run import Parser, pick_device, write_file
+from run import Parser, pick_device, read_json, write_file
 from tables import measured, write_results, write_scores
 
 Array = NDArray[Any]
@@ -59,6 +58,7 @@ class Config:
 
 
 DEFAULT = Config()
+MAPS_FOR_SCALE = 64  # new images whose heat maps set a scale where no test images have
 MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: above that a set's heat maps lie in a temporary file
 
 
@@ -295,20 +295,13 @@ def _data_key(dataset: layouts.Dataset, seed: int, paper_protocol: bool) -> dict
 def load_run(run: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run folder's config, its results (empty if there are none) and its detectors by name."""
     files = [run / name for name in ("detector.pt", "detector_igd.pt") if (run / name).is_file()]
-    config = _read_json(run / "config.json")
+    config = read_json(run / "config.json")
     if not files or "image_size" not in config:
         raise ValueError(
             f"{run}: no finished run here (config.json and detector.pt are looked for)"
         )
     loaded = [load_detector(file, pick_device(device)) for file in files]
-    return config, _read_json(run / "results.json"), {type(d).__name__.lower(): d for d in loaded}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); move it away or run again") from None
+    return config, read_json(run / "results.json"), {type(d).__name__.lower(): d for d in loaded}
 
 
 def evaluate_run(
@@ -325,9 +318,10 @@ def evaluate_run(
     Rows that cannot be made again (untrained) stay if they are of the same data and protocol.
     """
     config, old, found = load_run(run, device)
-    root = root or (Path(config["data"]) if config.get("data") else None)
-    if root is None:
-        raise ValueError(f"--data is needed: {run / 'config.json'} names no data set")
+    own = Path(config.get("data") or run / "phantom")
+    if root is None and not own.exists():
+        raise ValueError(f"{own}: the images of {run} are not there; --data names their place")
+    root = (root or own).resolve()
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
     dataset = layouts.discover(root, seed=seed)
     if not dataset.test:
@@ -353,25 +347,27 @@ def score_files(
 ) -> None:
     """Print a line for each new image and write its heat map beside it, as NAME.heatmap.png.
 
-    raises: ValueError, before anything is written, if an image cannot be read, a heat map would
-            replace a file that is not ours, or the run has no thresholds.  OSError if a folder
-            cannot be written.
+    A run without test images has no thresholds: then its scores stand without a verdict, and the
+    heat maps share a scale from the first MAPS_FOR_SCALE of the new images.
+    raises: ValueError, before anything is written, if an image cannot be read, or a heat map would
+            replace a file that is not ours.  OSError if a folder cannot be written.
     """
     config, results, found = load_run(run, device)
-    if missing := [name for name in found if name not in results]:
-        raise ValueError(
-            f"{run}: no threshold for {', '.join(missing)}; evaluate it first (--data)"
-        )
     targets = _heatmap_files([file for path in paths for file in _image_files(path)])
     for folder in {target.parent for target in targets.values()}:
         tempfile.TemporaryFile(dir=folder).close()  # an unwritable folder fails here
-    scales = {name: results[name]["map_scale"] for name in found}
-    note = "Scale from dark to bright: "
-    note += ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items())
     with tempfile.TemporaryDirectory() as cache:
         size = int(config["image_size"])
         images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
         files = [list(targets)[i] for i in kept]
+        scales = {name: results[name]["map_scale"] for name in found if name in results}
+        for name in found.keys() - scales.keys():
+            blocks = range(0, min(len(files), MAPS_FOR_SCALE), batch)
+            maps = [found[name].score(np.array(images[k : k + batch]))[0].cpu() for k in blocks]
+            pixels = np.concatenate(maps)
+            scales[name] = (float(np.median(pixels)), float(np.percentile(pixels, 99.5)))
+        note = "Scale from dark to bright: "
+        note += ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items())
         for k in range(0, len(files), batch):
             block = np.array(images[k : k + batch])
             given = {name: detector.score(block) for name, detector in found.items()}
@@ -379,10 +375,13 @@ def score_files(
                 line, panels, heads = [str(file)], [block[i]], ["image"]
                 for name, (maps, scores) in given.items():
                     score = float(scores[i])
-                    verdict = "abnormal" if score >= results[name]["threshold"] else "normal"
-                    line += [name, f"{score:.6g}", verdict]
+                    verdict = []
+                    if name in results:
+                        high = score >= results[name]["threshold"]
+                        verdict = ["abnormal" if high else "normal"]
+                    line += [name, f"{score:.6g}", *verdict]
                     panels.append(overlay(block[i], maps[i].cpu().numpy(), scales[name], 256))
-                    heads.append(f"{name}: {score:.4g}, {verdict}")
+                    heads.append(", ".join([f"{name}: {score:.4g}", *verdict]))
                 figure = image_grid([panels], columns=heads, title=file.name, note=note, side=256)
                 write_file(targets[file], png(figure, file.name))
                 print("\t".join(line), flush=True)
@@ -445,6 +444,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("eval.py:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command begins again", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -33,7 +33,7 @@ import pmsacl
 from figures import dot_chart, png
 from medmix import STRONG
 from options import Config, parse, settle
-from run import Parser, say, write_file
+from run import Parser, make_folder, read_json, say, write_file
 from tables import PAPER, PAPER_FIGURES
 
 # Rows: the paper's name -> options. Table 8 starts from CCD as its caption has it, with eq. 9's
@@ -113,16 +113,16 @@ class Row:
 def folder_of(config: Config, out: Path) -> Path:
     """The run folder with these settings: one that exists, or else the name of a new one."""
     for file in sorted(out.glob("*/config.json")):
-        if _same(config, json.loads(file.read_text()), file.parent):
+        if _same(config, read_json(file)):
             return file.parent
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _idle(config)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return out / f"{_dataset(config)}-{config.method}-{digest}-seed{config.seed}"
 
 
-def _same(config: Config, saved: Mapping[str, Any], folder: Path) -> bool:
+def _same(config: Config, saved: Mapping[str, Any]) -> bool:
     """Are the settings those of a saved config.json? One that it lacks had its default."""
-    wanted = dataclasses.asdict(config) | {"data": config.data or str(folder / "phantom")}
+    wanted = dataclasses.asdict(config)
     names = wanted.keys() - _idle(config)
     return all(saved.get(name, getattr(Config, name)) == wanted[name] for name in names)
 
@@ -154,7 +154,7 @@ def result_of(config: Config, detector: str, out: Path) -> dict[str, float] | No
     folder = folder_of(config, out)
     if not (folder / "results.json").exists():
         return None
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     row = results[detector]
     found = {name: row[name] for name in MEASURES if name in row}
     found["minutes"] = sum(results["seconds"].values()) / 60
@@ -202,7 +202,11 @@ def read_sweep(file: Path) -> dict[str, str]:
     raises: ValueError naming the line.
     """
     settings: dict[str, str] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not a text file") from None
+    for number, line in enumerate(lines, 1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
@@ -213,10 +217,12 @@ def read_sweep(file: Path) -> dict[str, str]:
         if name in settings or name.startswith("-"):
             what = "is there twice" if name in settings else "is an option: a name comes first"
             raise ValueError(f"{file}, line {number}: {name} {what}")
-        try:
-            own, resume = parse(options)
-        except SystemExit:
-            raise ValueError(f"{file}, line {number}: the option above") from None
+        with contextlib.redirect_stderr(io.StringIO()) as complaint:
+            try:
+                own, resume = parse(options)
+            except SystemExit:
+                reason = complaint.getvalue().strip().removeprefix("pmsacl.py: ")
+                raise ValueError(f"{file}, line {number}: {reason}") from None
         if resume is not None or own.keys() & {"out", "seed", "data"}:
             raise ValueError(f"{file}, line {number}: no --resume, --out, --seed or --data here")
         settings[name] = shlex.join(options)
@@ -383,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not wanted:
             raise ValueError("nothing to do: name a --table, a --figure or a --sweep")
         tables = {name: rows_of(name, o, given, args.seeds) for name, o in wanted.items()}
+        make_folder(args.out)
         failed = False
         for name, rows in tables.items():
             text = write(name, filled(rows, args.out), given, args.out)

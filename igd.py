@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from autoencoder import AutoEncoder, critic
 from encoder import ResNet18, channels_last, to_unit
 from patches import PATCH
-from run import Meter, autocast, epoch_order, generator, save_atomically
+from run import Meter, autocast, epoch_order, generator, read_saved, save_atomically
 from ssim import ms_ssim, residual_map, setting
 
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**23  # B S^2 that are scored at once
@@ -366,13 +366,7 @@ def read_state(path: str | Path, device: torch.device | str, kind: str = "") -> 
 
     raises: OSError if it cannot be opened, ValueError if it is no detector, or of another kind.
     """
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # an unpickler fails in any way on bytes that are none of its own
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a detector file, or damaged ({reason})") from None
+    state = read_saved(path, "detector", device)
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path}: not a detector file")
     if kind and state["kind"] != kind:
@@ -528,7 +522,7 @@ class Training:
         save_atomically(state, path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.igd.device, weights_only=True)
+        state = read_saved(path, "checkpoint", self.igd.device)
         want = self.igd.settings() | {"images": len(self.images)}
         changed = [k for k in want if state["settings"].get(k) != want[k]]
         if changed:

@@ -6,7 +6,6 @@ A tag names the paper's section or the README's row that an option comes from.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import baselines
 import medmix
-from run import Parser, pick_device
+from run import Parser, pick_device, read_json
 
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order
 CENTRED = {"ctr", "pmsacl"}  # the terms that need the centres of eq. 2
@@ -118,6 +117,8 @@ class Config:
                 raise _bad(self, name, "from 0 to 1")
         if "pos" in self.terms.split(",") and self.image_size < 64:
             raise _bad(self, "terms", f"without pos (eq. 9) at --image-size {self.image_size}")
+        if self.centres == "equidistant" and self.classes > 128:
+            raise _bad(self, "classes", "128 or below with --centres equidistant: z has 128 axes")
         if self.strong == "permutation" and self.classes > len(medmix.TILES):
             raise _bad(self, "classes", f"{len(medmix.TILES)} or below with --strong permutation")
         _check_method(self)
@@ -235,10 +236,18 @@ def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     raises: ValueError if an option is impossible, or is not what the run to resume has.
     """
     run = Path(resume or given.get("out") or default_run(given.get("data", ""), resume is not None))
-    file = run / "config.json"
-    if resume is not None and file.exists():
-        saved = json.loads(file.read_text())
-        saved = {name: saved[name] for name in Config.__dataclass_fields__ if name in saved}
+    saved = read_json(run / "config.json")
+    saved = {name: saved[name] for name in Config.__dataclass_fields__ if name in saved}
+    begun = run.is_dir() and {file.name for file in run.iterdir()} - {"cache", "phantom"}
+    given = given | ({"data": str(Path(given["data"]).resolve())} if given.get("data") else {})
+    if resume is not None and saved:
+        saved["data"] = saved.get("data") and str(Path(saved["data"]).resolve())
+        if saved["data"] and not Path(saved["data"]).exists():
+            if not given.get("data"):
+                raise ValueError(
+                    f"{saved['data']}: the images of {run} are not there; --data names their place"
+                )
+            saved["data"] = given["data"]
         for name, value in given.items():
             if name not in ("out", "device") and value != saved.get(name, value):
                 option = "--" + name.replace("_", "-")
@@ -247,9 +256,9 @@ def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
                     "out, or begin another run without --resume"
                 )
         given = saved | given
-    elif resume and not run.exists():
-        raise ValueError(f"--resume {resume}: no such run")
-    elif run.exists() and any(run.iterdir()) and resume is None:
+    elif resume and (begun or not given.get("data")):
+        raise ValueError(f"--resume {resume}: no run of ours, config.json is not there")
+    elif begun and resume is None:
         raise ValueError(f"--out {run}: exists; add --resume to go on with it, or name another")
     return settle(given | {"out": str(run)}), run
 
@@ -267,6 +276,8 @@ def settle(given: dict[str, Any]) -> Config:
     method = baselines.METHODS.get(given.get("method", Config.method), {})
     settled = {"preset": preset, "device": device}
     merged: dict[str, Any] = start | PRESETS[preset] | method | given | settled
+    if merged.get("data"):
+        merged["data"] = str(Path(merged["data"]).resolve())  # a run may go on from elsewhere
     if merged.get("image_size", Config.image_size) < 64 and "local" not in given:
         merged["local"] = "auto"  # a preset's "yes" is for images that hold patches
     return Config(**merged)

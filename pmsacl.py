@@ -53,7 +53,10 @@ from run import (
     gather,
     generator,
     join_processes,
+    make_folder,
     ranks,
+    read_json,
+    read_saved,
     save_atomically,
     say,
     synchronised,
@@ -294,7 +297,6 @@ class Pretraining:
             aug_head=config.aug_head,
             generator=generator(config.seed, 2),
         )
-        self.init = start_weights(self.encoder.backbone, config.init)
         channels_last(self.encoder.to(self.device)).train()
         self.encoder = cast(Encoder, synchronised(self.encoder))
         self.optimiser = torch.optim.SGD(
@@ -308,6 +310,13 @@ class Pretraining:
         self.log: list[dict[str, float]] = []  # a row an epoch
         self.sums: dict[str, float] = {}  # of each loss term in the epoch under way
         self.spread = 0.0  # of z at the start
+        self.init = "random"
+
+    def begin(self) -> None:
+        """The start weights, and what z looks like with them."""
+        self.init = start_weights(self.encoder.backbone, self.config.init)
+        if self.total:
+            self.spread = self.health()["spread"]
 
     def draws(self, *purpose: int) -> torch.Generator:
         return generator(self.config.seed, *purpose)
@@ -390,7 +399,7 @@ class Pretraining:
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(
                 f"the loss is not finite in epoch {epoch + 1}, step {position + 1} ({values}): "
-                f"lower the learning rate ({start:g}); the last checkpoint is kept"
+                f"lower --{'local-' * self.local}lr ({start:g})"
             )
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
@@ -423,7 +432,7 @@ class Pretraining:
 
     def load(self, path: Path) -> None:
         """raises: ValueError if the checkpoint is of other training images."""
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        saved = read_saved(path, "checkpoint", self.device)
         if saved["total"] != self.total:
             raise ValueError(
                 f"{path}: of {saved['total']} steps, but these images make {self.total}: the "
@@ -457,8 +466,8 @@ def pretrain(
     training = Pretraining(images, config, local=local)
     if path.exists():
         training.load(path)
-    elif training.total:
-        training.spread = training.health()["spread"]
+    else:
+        training.begin()
     meter = Meter(training.step_done, training.total, training.global_batch, training.device)
     saved = time.monotonic()
     while training.step_done < training.total:
@@ -495,24 +504,25 @@ class Images:
 
 
 def prepare(config: Config, run: Path) -> Images:
-    """Find, check and decode the images, or draw the phantoms; config.json closes the phase.
+    """Find, check and decode the images, or draw the phantoms (--data ""); then config.json.
 
     raises: ValueError or OSError.
     """
-    root = Path(config.data or run / "phantom")
+    root = Path(config.data or run / "phantom").resolve()
     if not config.data:
         phantom.draw(root, size=config.image_size)
     found = layouts.discover(root, seed=config.seed)
     found.check_test()  # before anything of a user's data is written
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     size, cache = config.image_size, run / "cache"
     train, kept = data.decode(found.train, size, cache, skip_bad=config.skip_bad)
     found = dataclasses.replace(found, train=tuple(found.train[i] for i in kept))
     test = masks = known = None
     if found.test:
         found, test, masks, known = data.decode_test(found, size, cache, skip_bad=config.skip_bad)
-    if not (run / "config.json").exists():
-        content = dataclasses.asdict(config) | {"data": str(root)} | versions()
+    saved = read_json(run / "config.json")
+    if saved.get("data") != config.data:  # a new run, or images that have moved
+        content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
         write_file(run / "config.json", json.dumps(content, indent=2).encode())
     return Images(found, train, test, masks, known)
 
@@ -670,6 +680,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         begun = run and (run / "config.json").exists()
+        if run and not begun and not existed:
+            shutil.rmtree(run, ignore_errors=True)
         print(f"\ninterrupted; go on with  python pmsacl.py --resume {run}" if begun else
               "\ninterrupted", file=sys.stderr)  # fmt: skip
         return 130

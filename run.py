@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import csv
 import functools
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -74,6 +75,37 @@ def save_atomically(value: dict, path: Path) -> None:
     """torch.save of plain tensors, numbers and strings: loads with weights_only=True."""
     with replacing(path) as partial:
         torch.save(value, partial)
+
+
+def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
+    """torch.load of plain tensors, numbers and strings.
+
+    what:   "checkpoint", ...: what the file should be.
+    raises: OSError if it cannot be opened, ValueError if its bytes are something else.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # an unpickler fails in any way on bytes that are none of its own
+        raise ValueError(f"{path}: no {what}, or a damaged one; move it away") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content, {} if there is no such file; raises ValueError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); move it away or run again") from None
+
+
+def make_folder(path: Path) -> None:
+    """raises: ValueError naming --out if the folder cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--out {path}: cannot be made ({reason}); name another") from None
 
 
 def write_file(path: Path, content: bytes) -> None:

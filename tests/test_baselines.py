@@ -281,6 +281,7 @@ def test_as_printed_sets_the_papers_readings_and_gives_way_to_options():
         ({"terms": "con"}, "out of ctr, pmsacl, aug, pos"),
         ({"terms": "aug,pos", "image_size": 32}, "--terms must be without pos"),
         ({"positive_scale": "nan"}, "--positive-scale must be"),
+        ({"centres": "equidistant", "classes": 129}, "--classes must be 128 or below"),
         ({"method": "imagenet", "init": "random"}, "--init must be imagenet"),
         ({"method": "random", "init": "imagenet"}, "--init must be random"),
         ({"strong": "blur"}, "--strong"),

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -334,7 +335,6 @@ def test_scoring_never_replaces_a_file_of_the_users(run, tmp_path, capsys):
 
 def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):
     image = tmp_path / "set" / "test" / "good" / "0.png"
-    assert "no threshold for padim, igd" in refused(capsys, run, "--score", image)
     assert ev.main([str(run)]) == 0
     capsys.readouterr()
     stamps = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
@@ -361,6 +361,26 @@ def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):
     assert "both classes" in refused(capsys, run, "--data", tmp_path / "set")
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == stamps
     assert not list(tmp_path.rglob("*.heatmap.png"))
+
+
+def test_without_test_images_scores_stand_without_a_verdict(run, tmp_path, capsys):
+    new = tmp_path / "new"
+    new.mkdir()
+    shutil.copy(tmp_path / "set" / "test" / "good" / "0.png", new / "a.png")
+    assert ev.main([str(run), "--score", str(new)]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    _, padim, score, igd, other = line.split("\t")
+    assert (padim, igd) == ("padim", "igd") and float(score) > 0 and float(other) > 0
+    assert (new / "a.heatmap.png").exists()
+
+
+def test_interrupted_scoring_says_so(run, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ev, "score_files", interrupted)
+    assert ev.main([str(run), "--score", "x"]) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_an_unwritable_folder_is_found_before_anything_is_written(

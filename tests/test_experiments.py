@@ -101,16 +101,18 @@ def test_a_sweep_is_a_name_and_options_a_line(tmp_path):
         ("", "no settings"),
         ("a\nb --alpha 2\na", "line 3: a is there twice"),
         ("--alpha 2", "line 1: --alpha is an option"),
-        ("a --alhpa 2", "line 1"),
+        ("a --alhpa 2", "line 1: unrecognized arguments: --alhpa 2"),
+        ("a --tau x", "line 1: argument --tau: invalid float"),
         ("a --seed 3", "line 1: no --resume"),
         ('a "--alpha 2', "line 1"),
     ],
 )
-def test_a_mistake_in_a_sweep_names_its_line(text, named, tmp_path):
+def test_a_mistake_in_a_sweep_names_its_line(text, named, tmp_path, capfd):
     file = tmp_path / "settings.txt"
     file.write_text(text)
     with pytest.raises(ValueError, match=named):
         experiments.read_sweep(file)
+    assert capfd.readouterr().err == ""
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -161,6 +163,19 @@ def test_rows_are_compared_with_base_or_the_first_on_the_same_seeds(names, tmp_p
     assert other.value("gain") == (pytest.approx(0.01), None)  # seed 1 is all that both have
     assert reference.value("gain") is None and len(other.results) == 2
     assert f"| AUC over {reference.name} |" in experiments.markdown("t", results, 3)
+
+
+def test_files_that_are_something_else_are_named(tmp_path, capsys):
+    for name in ("sweep.txt", "out"):
+        (tmp_path / name).write_bytes(b"\x89PNG")
+    assert experiments.main(["--sweep", str(tmp_path / "sweep.txt")]) == 2
+    assert "sweep.txt: not a text file" in capsys.readouterr().err
+    assert experiments.main(["--table", "9", "--out", str(tmp_path / "out")]) == 2
+    assert f"--out {tmp_path / 'out'}: cannot be made" in capsys.readouterr().err
+    (tmp_path / "runs/bad").mkdir(parents=True)
+    (tmp_path / "runs/bad/config.json").write_text("{")
+    assert experiments.main(["--table", "9", "--show", "--out", str(tmp_path / "runs")]) == 2
+    assert "bad/config.json: damaged" in capsys.readouterr().err
 
 
 def test_tables_of_two_data_sets_do_not_overwrite_each_other(tmp_path):

@@ -317,13 +317,14 @@ def test_weights_load_from_a_file_and_a_wrong_file_is_named(tmp_path):
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     assert start_weights(target, str(tmp_path / "weights.pt")) == "weights.pt"
     assert torch.equal(source.conv1.weight, target.conv1.weight)
-    for content in ({"a": torch.zeros(1)}, [1]):
-        torch.save(content, tmp_path / "other.pt")
-        with pytest.raises(ValueError, match="other.pt.*no state dict of a resnet18"):
-            start_weights(target, str(tmp_path / "other.pt"))
-    (tmp_path / "text.pt").write_text("not weights")
-    with pytest.raises(ValueError, match="text.pt"):
-        start_weights(target, str(tmp_path / "text.pt"))
+    wrong = tmp_path / "other.pt"
+    for content in ({"a": torch.zeros(1)}, [1], {1: torch.zeros(1)}, "not weights", ""):
+        torch.save(content, wrong) if not isinstance(content, str) else wrong.write_text(content)
+        with pytest.raises(ValueError, match="--init .*other.pt: no state dict of a resnet18") as e:
+            start_weights(target, str(wrong))
+        assert "weights_only" not in str(e.value)
+    with pytest.raises(ValueError, match="--init .*nowhere.pt: No such file"):
+        start_weights(target, str(tmp_path / "nowhere.pt"))
 
 
 def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import detectors
+import eval as evaluation
 import options
 import phantom
 import pmsacl
@@ -133,6 +135,52 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(images, finished, t
 def test_resume_takes_the_options_of_the_run_and_refuses_others(finished, capsys):
     assert pmsacl.main(["--resume", str(finished), "--alpha", "5"]) == 2
     assert "--alpha 2.0, not 5.0" in capsys.readouterr().err
+
+
+def test_resume_finds_images_by_another_path_or_in_another_place(
+    images, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images, tmp_path / "set")
+    assert pmsacl.main(["--data", "./set", "--out", "run", *TINY, "--epochs", "1"]) == 0
+    assert pmsacl.main(["--data", str(tmp_path / "set"), "--resume", "run"]) == 0
+    shutil.copytree(images, tmp_path / "other")
+    assert pmsacl.main(["--data", "other", "--resume", "run"]) == 2  # is another set
+    (tmp_path / "set").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    run = str(tmp_path / "run")
+    assert pmsacl.main(["--resume", run]) == 2
+    assert f"{tmp_path / 'set'}: the images of {run} are not there" in capsys.readouterr().err
+    assert evaluation.main([run]) == 2
+    assert "are not there; --data names their place" in capsys.readouterr().err
+    assert pmsacl.main(["--data", "../moved", "--resume", run]) == 0
+    assert pmsacl.main(["--resume", run]) == 0
+
+
+def test_resume_takes_no_folder_that_is_no_run(images, tmp_path, capsys):
+    shutil.copytree(images / "train/good", tmp_path / "pictures")
+    before = sorted((tmp_path / "pictures").iterdir())
+    for arguments in (["--resume"], ["--data", str(images), "--resume"]):
+        assert pmsacl.main([*arguments, str(tmp_path / "pictures")]) == 2
+        assert "pictures: no run of ours" in capsys.readouterr().err
+    assert pmsacl.main(["--resume", str(tmp_path / "nowhere")]) == 2
+    assert sorted((tmp_path / "pictures").iterdir()) == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for content in (b"", b"PK\x03\x04", (run / "checkpoint.pt").read_bytes()[:1000]):
+        (run / "checkpoint.pt").write_bytes(content)
+        assert pmsacl.main(["--resume", str(run)]) == 2
+        [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("pmsacl.py: ")]
+        assert "checkpoint.pt: no checkpoint, or a damaged one" in line
+    (run / "config.json").write_text("")
+    assert pmsacl.main(["--resume", str(run)]) == 2
+    assert "config.json: damaged" in capsys.readouterr().err
 
 
 def test_a_run_is_never_written_over(images, finished, capsys):
@@ -254,7 +302,7 @@ def test_unknown_option_value_unwritable_output_and_missing_data(tmp_path, image
     fails(tmp_path, "nowhere.pt", arguments=("--init", "nowhere.pt"))
     (tmp_path / "file").write_text("")
     result = command("--data", str(images), "--out", str(tmp_path / "file" / "run"), *TINY)
-    assert result.returncode == 2 and str(tmp_path / "file") in result.stderr
+    assert result.returncode == 2 and f"--out {tmp_path / 'file'}" in result.stderr
     result = command("--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
     assert result.returncode == 2 and "nowhere" in result.stderr
 
@@ -264,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(images, t
     arguments = ["--data", str(images), "--out", str(run), *TINY, "--lr", "1e30", "--epochs", "9"]
     assert pmsacl.main([*arguments, "--features", "raw"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the loss is not finite" in error and "learning rate" in error
+    assert "the loss is not finite" in error and "lower --lr (1e+30)" in error
     assert not (run / "results.json").exists()
 
 
