@@ -361,7 +361,7 @@ def score_files(
         images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
         files = [list(targets)[i] for i in kept]
         scales = {name: results[name]["map_scale"] for name in found if name in results}
-        for name in found.keys() - scales.keys():
+        for name in [name for name in found if name not in scales]:
             blocks = range(0, min(len(files), MAPS_FOR_SCALE), batch)
             maps = [found[name].score(np.array(images[k : k + batch]))[0].cpu() for k in blocks]
             pixels = np.concatenate(maps)

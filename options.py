@@ -257,7 +257,7 @@ def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
                 )
         given = saved | given
     elif resume and (begun or not given.get("data")):
-        raise ValueError(f"--resume {resume}: no run of ours, config.json is not there")
+        raise ValueError(f"--resume {resume}: no run, it has no config.json; begin one without it")
     elif begun and resume is None:
         raise ValueError(f"--out {run}: exists; add --resume to go on with it, or name another")
     return settle(given | {"out": str(run)}), run

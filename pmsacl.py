@@ -510,6 +510,7 @@ def prepare(config: Config, run: Path) -> Images:
     """
     root = Path(config.data or run / "phantom").resolve()
     if not config.data:
+        make_folder(run)
         phantom.draw(root, size=config.image_size)
     found = layouts.discover(root, seed=config.seed)
     found.check_test()  # before anything of a user's data is written

@@ -164,7 +164,7 @@ def test_resume_takes_no_folder_that_is_no_run(images, tmp_path, capsys):
     before = sorted((tmp_path / "pictures").iterdir())
     for arguments in (["--resume"], ["--data", str(images), "--resume"]):
         assert pmsacl.main([*arguments, str(tmp_path / "pictures")]) == 2
-        assert "pictures: no run of ours" in capsys.readouterr().err
+        assert "pictures: no run, it has no config.json" in capsys.readouterr().err
     assert pmsacl.main(["--resume", str(tmp_path / "nowhere")]) == 2
     assert sorted((tmp_path / "pictures").iterdir()) == before
     assert not (tmp_path / "nowhere").exists()
@@ -302,6 +302,8 @@ def test_unknown_option_value_unwritable_output_and_missing_data(tmp_path, image
     fails(tmp_path, "nowhere.pt", arguments=("--init", "nowhere.pt"))
     (tmp_path / "file").write_text("")
     result = command("--data", str(images), "--out", str(tmp_path / "file" / "run"), *TINY)
+    assert result.returncode == 2 and f"--out {tmp_path / 'file'}" in result.stderr
+    result = command("--out", str(tmp_path / "file" / "run"))  # the phantoms
     assert result.returncode == 2 and f"--out {tmp_path / 'file'}" in result.stderr
     result = command("--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
     assert result.returncode == 2 and "nowhere" in result.stderr
