@@ -128,7 +128,7 @@ def igd_scoring(rounds: int) -> tuple[float, float, float]:
 
 
 def augmentation(side: int, batch: int) -> float:
-    """Views a second on one thread: MedMix classes 0 to 3 and two weak views of each."""
+    """Views a second: MedMix classes 0 to 3 and two weak views of each."""
     x = torch.rand(batch, 3, side, side, generator=generator(0))
     config = pmsacl.Config()
     pmsacl.class_views(x, config, generator(1))

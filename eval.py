@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -361,16 +362,16 @@ def score_files(
         images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
         files = [list(targets)[i] for i in kept]
         scales = {name: results[name]["map_scale"] for name in found if name in results}
-        for name in [name for name in found if name not in scales]:
-            blocks = range(0, min(len(files), MAPS_FOR_SCALE), batch)
-            maps = [found[name].score(np.array(images[k : k + batch]))[0].cpu() for k in blocks]
-            pixels = np.concatenate(maps)
-            scales[name] = (float(np.median(pixels)), float(np.percentile(pixels, 99.5)))
+        starts = range(0, len(files), batch)
+        blocks = (np.array(images[k : k + batch]) for k in starts)
+        scored = ((block, {name: found[name].score(block) for name in found}) for block in blocks)
+        unscaled = [name for name in found if name not in scales]
+        first = list(islice(scored, -(-MAPS_FOR_SCALE // batch))) if unscaled else []
+        for name in unscaled:
+            scales[name] = map_scale(np.concatenate([given[name][0].cpu() for _, given in first]))
         note = "Scale from dark to bright: "
         note += ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items())
-        for k in range(0, len(files), batch):
-            block = np.array(images[k : k + batch])
-            given = {name: detector.score(block) for name, detector in found.items()}
+        for k, (block, given) in zip(starts, chain(first, scored), strict=True):
             for i, file in enumerate(files[k : k + batch]):
                 line, panels, heads = [str(file)], [block[i]], ["image"]
                 for name, (maps, scores) in given.items():

@@ -176,16 +176,16 @@ def rows_of(name: str, options: Mapping[str, str], given: dict[str, Any], seeds:
     raises:  ValueError naming the row.
     """
     _, columns, printed = PRINTED.get(name, ("", (), {}))
-    rows = []
+    rows, usual = [], DETECTOR.get(name, "padim")
     for row, text in options.items():
         own, _ = parse(shlex.split(text))
         try:
-            own = {"detector": DETECTOR.get(name, "padim")} | given | own
+            own = {"detector": usual} | given | own
             configs = tuple(settle(own | {"seed": seed}) for seed in range(seeds))
         except ValueError as error:
             raise ValueError(f"{name}, row {row}: {error}") from None
         figures = printed.get(row, [None] * len(columns))
-        shown = own["detector"] if own["detector"] != "both" else DETECTOR.get(name, "padim")
+        shown = usual if own["detector"] == "both" else own["detector"]
         rows.append(Row(row, text, configs, shown, dict(zip(columns, figures, strict=True))))
     for row, figures in printed.items():  # Table 5 has the paper's data sets
         if row not in options:
@@ -239,9 +239,10 @@ def reference(rows: Sequence[Row]) -> str:
 def filled(rows: Sequence[Row], out: Path) -> list[Row]:
     """The rows with the results of whatever runs are finished, compared with `reference`'s."""
     found = {row.name: [result_of(c, row.detector, out) for c in row.configs] for row in rows}
-    for name, results in found.items():
-        for own, other in zip(results, found[reference(rows)], strict=False):
-            if own and other and name != reference(rows):
+    base = reference(rows)
+    for name in found.keys() - {base}:
+        for own, other in zip(found[name], found[base], strict=False):
+            if own and other:
                 own["gain"] = own["image_auroc"] - other["image_auroc"]
     return [dataclasses.replace(r, results=tuple(filter(None, found[r.name]))) for r in rows]
 
@@ -381,7 +382,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not found.test:
                 raise ValueError(f"{given['data']}: {found.layout}, no test images to measure on")
             found.check_test()
-            given["data"] = str(Path(given["data"]).resolve())
         wanted = {f"table {n}": ROWS[f"table {n}"] for n in args.table}
         wanted |= {f"figure {n}": ROWS[f"figure {n}"] for n in args.figure}
         if args.sweep:

@@ -34,15 +34,18 @@ def heat_colours(x: Array) -> Array:
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
-def map_scale(maps: Array, labels: Array) -> tuple[float, float]:
+def map_scale(maps: Array, labels: Array | None = None) -> tuple[float, float]:
     """The ends of the colour scale that all heat maps of a detector share.
 
     returns: the median pixel of the normal images (what is usual is dark) and the 99.5th
-             percentile of the abnormal ones, from a grid of at most 64 x 64 pixels an image.
+             percentile of the abnormal ones, from a grid of at most 64 x 64 pixels an image;
+             without labels both are of all images.
     """
-    y, step = labels.astype(bool), -(-maps.shape[-1] // 64)
-    low = float(np.median(maps[~y, ::step, ::step]))
-    high = float(np.percentile(maps[y, ::step, ::step], 99.5))
+    step = -(-maps.shape[-1] // 64)
+    normal = abnormal = maps[:, ::step, ::step]
+    if labels is not None:
+        normal, abnormal = normal[labels == 0], abnormal[labels != 0]
+    low, high = float(np.median(normal)), float(np.percentile(abnormal, 99.5))
     return low, max(high, low + 1e-6 * max(abs(low), 1))
 
 

@@ -225,6 +225,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
     given = {
         name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
     }
+    if given.get("data"):
+        given["data"] = str(Path(given["data"]).resolve())  # a run may go on from elsewhere
     if given.pop("as_printed"):
         given = AS_PRINTED | given
     return given, given.pop("resume", None)
@@ -239,7 +241,6 @@ def resolve(given: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     saved = read_json(run / "config.json")
     saved = {name: saved[name] for name in Config.__dataclass_fields__ if name in saved}
     begun = run.is_dir() and {file.name for file in run.iterdir()} - {"cache", "phantom"}
-    given = given | ({"data": str(Path(given["data"]).resolve())} if given.get("data") else {})
     if resume is not None and saved:
         saved["data"] = saved.get("data") and str(Path(saved["data"]).resolve())
         if saved["data"] and not Path(saved["data"]).exists():
@@ -276,8 +277,6 @@ def settle(given: dict[str, Any]) -> Config:
     method = baselines.METHODS.get(given.get("method", Config.method), {})
     settled = {"preset": preset, "device": device}
     merged: dict[str, Any] = start | PRESETS[preset] | method | given | settled
-    if merged.get("data"):
-        merged["data"] = str(Path(merged["data"]).resolve())  # a run may go on from elsewhere
     if merged.get("image_size", Config.image_size) < 64 and "local" not in given:
         merged["local"] = "auto"  # a preset's "yes" is for images that hold patches
     return Config(**merged)

@@ -39,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from measures import dice  # noqa: E402
+
 torch.backends.cudnn.allow_tf32 = False  # or convolutions differ from one another by 1e-3
 # Also fills torch.empty with NaN, so that an element nobody wrote cannot look right.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -134,3 +136,29 @@ def mvtec(root: Path, n: int = 3) -> Path:
         picture(root / f"test/polyp/{i}.jpg", 20 + i)
         lesion(root / f"ground_truth/polyp/{i}_mask.png")
     return root
+
+
+def flood_fill(mask, neighbours=8):
+    """Connected regions as sets of pixels, in the order of their first pixel."""
+    left = {(int(y), int(x)) for y, x in numpy.argwhere(mask)}
+    regions = []
+    for seed in sorted(left):
+        if seed not in left:
+            continue
+        left.discard(seed)
+        region, todo = {seed}, [seed]
+        while todo:
+            y, x = todo.pop()
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    q = (y + dy, x + dx)
+                    if q in left and (neighbours == 8 or dy * dx == 0):
+                        left.discard(q)
+                        region.add(q)
+                        todo.append(q)
+        regions.append(region)
+    return regions
+
+
+def mean_dice(maps, masks, index, t):
+    return float(dice(maps[index] >= t, masks[index]).mean())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import mean_dice
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,10 +40,6 @@ def test_validation_takes_fifty_or_half_of_each_class(normal, abnormal, seed):
 def test_a_test_split_without_two_of_each_class_is_refused(labels):
     with pytest.raises(ValueError, match="two of each"):
         ev.protocol(np.zeros(len(labels)), labels, seed=0)
-
-
-def mean_dice(maps, masks, index, t):
-    return float(measures.dice(maps[index] >= t, masks[index]).mean())
 
 
 def cases(normal=20, abnormal=24, side=16, seed=0):

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import flood_fill, mean_dice
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,28 +26,6 @@ def auroc_by_pairs(scores, labels):
             if y and not z:
                 won += 1.0 if p > q else 0.5 if p == q else 0.0
     return won / (sum(labels) * (len(labels) - sum(labels)))
-
-
-def flood_fill(mask, neighbours=8):
-    """Connected regions as sets of pixels, in the order of their first pixel."""
-    left = {(int(y), int(x)) for y, x in np.argwhere(mask)}
-    regions = []
-    for seed in sorted(left):
-        if seed not in left:
-            continue
-        left.discard(seed)
-        region, todo = {seed}, [seed]
-        while todo:
-            y, x = todo.pop()
-            for dy in (-1, 0, 1):
-                for dx in (-1, 0, 1):
-                    q = (y + dy, x + dx)
-                    if q in left and (neighbours == 8 or dy * dx == 0):
-                        left.discard(q)
-                        region.add(q)
-                        todo.append(q)
-        regions.append(region)
-    return regions
 
 
 def pro_curve(maps, masks, neighbours=8):
@@ -309,10 +288,6 @@ def test_pixel_measures_refuse_what_they_cannot_measure():
         bad[at] = math.nan
         with pytest.raises(ValueError, match="NaN"):
             measures.aupro(bad, masks)
-
-
-def mean_dice(maps, masks, index, t):
-    return float(measures.dice(maps[index] >= t, masks[index]).mean())
 
 
 @given(heat_maps())

@@ -19,9 +19,10 @@ from conftest import (
     assert_frequency,
     assert_uniform,
     assert_within,
+    flood_fill,
     generator,
     images,
-)  # fmt: skip
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,21 +30,6 @@ import medmix
 import weak
 
 LOCAL = ["medmix", "cutout", "cutmix"]  # change n boxes; the others change the whole image
-
-
-def components(mask: np.ndarray) -> int:
-    """8-connected components of a boolean image, by flooding."""
-    todo = {(int(i), int(j)) for i, j in zip(*np.nonzero(mask), strict=True)}
-    count = 0
-    while todo:
-        count += 1
-        stack = [todo.pop()]
-        while stack:
-            i, j = stack.pop()
-            near = {(i + di, j + dj) for di in (-1, 0, 1) for dj in (-1, 0, 1)} & todo
-            todo -= near
-            stack += near
-    return count
 
 
 # Every strong augmentation -------------------------------------------------------------------
@@ -83,7 +69,7 @@ def test_strong_augmentations_change_the_mask_only(name, batch):
     assert torch.equal(y[n == 0], tiled[n == 0])
     if name in LOCAL:
         for m, k in zip(mask[:, 0].numpy(), n.tolist(), strict=True):
-            assert components(m) <= k
+            assert len(flood_fill(m)) <= k
 
 
 @pytest.mark.parametrize("name", medmix.STRONG)
@@ -191,7 +177,7 @@ def test_lesion_sizes_and_places():
 def test_class_n_shows_n_lesions(name):
     n = torch.arange(4).repeat_interleave(40)
     _, mask = medmix.STRONG[name](images(40, 64), n, generator())
-    count = torch.tensor([components(m) for m in mask[:, 0].numpy()], dtype=torch.float)
+    count = torch.tensor([len(flood_fill(m)) for m in mask[:, 0].numpy()], dtype=torch.float)
     mean = count.view(4, 40).mean(1)
     assert mean[0] == 0 and mean[1] == 1
     assert mean[2] > 1.95 and mean[3] > 2.9

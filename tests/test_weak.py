@@ -22,7 +22,7 @@ from conftest import (
     assert_within,
     generator,
     images,
-)  # fmt: skip
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
