@@ -24,12 +24,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import progress
 from encoder import BasicBlock, ResNet18, channels_last, normalise, to_unit
 from igd import IGD, read_state
 from kernels.mahalanobis import mahalanobis
-from run import save_atomically
 from ssim import ms_ssim
+from support.data import progress
+from support.run import save_atomically
 
 __all__ = ["IGD", "PaDiM", "load", "ms_ssim"]
 

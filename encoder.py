@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run import read_saved, say
+from support.run import read_saved, say
 
 T = TypeVar("T", Tensor, nn.Module)
 

@@ -21,18 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-import data
-import layouts
 from detectors import load as load_detector
-from figures import (
-    choose_cases,
-    image_grid,
-    localisation_figure,
-    map_scale,
-    overlay,
-    png,
-    source_of,
-)
 from measures import aupro as aupro  # eval.aupro, beside the measures below
 from measures import (
     auroc,
@@ -43,8 +32,18 @@ from measures import (
     pixel_measures,
     youden_threshold,
 )
-from run import Parser, pick_device, read_json, write_file
-from tables import measured, write_results, write_scores
+from support import data, layouts
+from support.figures import (
+    choose_cases,
+    image_grid,
+    localisation_figure,
+    map_scale,
+    overlay,
+    png,
+    source_of,
+)
+from support.run import Parser, pick_device, read_json, write_file
+from support.tables import measured, write_results, write_scores
 
 Array = NDArray[Any]
 

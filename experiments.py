@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import layouts
 import pmsacl
-from figures import dot_chart, png
 from medmix import STRONG
-from options import Config, parse, settle
-from run import Parser, make_folder, read_json, say, write_file
-from tables import PAPER, PAPER_FIGURES
+from support import layouts
+from support.figures import dot_chart, png
+from support.options import Config, parse, settle
+from support.run import Parser, make_folder, read_json, say, write_file
+from support.tables import PAPER, PAPER_FIGURES
 
 # Rows: the paper's name -> options. Table 8 starts from CCD as its caption has it, with eq. 9's
 # term, and keeps that term, so that a row differs from the one above by what it is called. Its

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from autoencoder import AutoEncoder, critic
 from encoder import ResNet18, channels_last, to_unit
 from patches import PATCH
-from run import Meter, autocast, epoch_order, generator, read_saved, save_atomically
 from ssim import ms_ssim, residual_map, setting
+from support.run import Meter, autocast, epoch_order, generator, read_saved, save_atomically
 
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**23  # B S^2 that are scored at once
 

@@ -31,19 +31,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import baselines
-import data
 import detectors
 import eval as evaluation
-import layouts
 import medmix
-import phantom
+from baselines import pretraining as baselines
 from encoder import Encoder, ResNet18, channels_last, frozen_averages, start_weights, to_unit
-from figures import image_grid, png
 from kernels.contrastive import contrastive
-from options import CENTRED, Config, lesion_area, parse, positive_scale, resolve
 from patches import patch_pairs
-from run import (
+from support import data, layouts, phantom
+from support.figures import image_grid, png
+from support.options import CENTRED, Config, lesion_area, parse, positive_scale, resolve
+from support.run import (
     Meter,
     autocast,
     average_gradients,
@@ -63,7 +61,7 @@ from run import (
     write_file,
     write_rows,
 )
-from tables import write_results
+from support.tables import write_results
 from weak import weak
 
 # --- section 3.2, in its order -----------------------------------------------------------------

@@ -29,16 +29,14 @@ import numpy as np
 import torch
 from IPython.display import display
 
-import data
-import layouts
 import medmix
-import phantom
 import pmsacl
 from detectors import PaDiM
 from encoder import Encoder, to_unit
-from figures import image_grid
 from measures import auroc
-from run import generator
+from support import data, layouts, phantom
+from support.figures import image_grid
+from support.run import generator
 
 folder = Path(tempfile.mkdtemp())
 phantom.draw(folder / "phantom", train=64, good=40, abnormal=40, size=64)

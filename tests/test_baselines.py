@@ -16,14 +16,13 @@ from conftest import U32, assert_within
 from hypothesis import given
 from hypothesis import strategies as st
 
-import baselines
 import medmix
-import options
-import phantom
 import pmsacl
 import weak
+from baselines import pretraining as baselines
 from encoder import Encoder, ResNet18, frozen_averages
-from run import generator
+from support import options, phantom
+from support.run import generator
 
 TRAINED = [name for name in baselines.METHODS if name not in baselines.UNTRAINED]
 

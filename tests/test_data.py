@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-import data
-import layouts
+from support import data, layouts
 
 S = 32
 

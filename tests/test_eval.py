@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import eval as ev
-import layouts
 import measures
+from support import layouts
 
 U64 = 2.0**-53  # one rounding in float64
 

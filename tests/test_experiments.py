@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 import experiments
-import phantom
-import tables
-from figures import dot_chart
-from options import PRESETS, Config, settle
+from support import phantom, tables
+from support.figures import dot_chart
+from support.options import PRESETS, Config, settle
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 

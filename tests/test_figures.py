@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import figures
-import layouts
+from support import figures, layouts
 
 
 def test_heat_colours_grow_brighter():

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import lesion, mvtec, picture
 
-import data
-import layouts
+from support import data, layouts
 
 
 def test_mvtec(tmp_path):

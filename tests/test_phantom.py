@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import data
-import layouts
-import phantom
+from support import data, layouts, phantom
 
 
 def files(root: Path) -> dict[str, bytes]:

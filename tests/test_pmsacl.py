@@ -17,7 +17,7 @@ from torch import nn
 import patches
 import pmsacl
 from encoder import Conv3x3, Encoder, ResNet18, frozen_averages, normalise, start_weights
-from run import generator
+from support.run import generator
 
 
 @st.composite

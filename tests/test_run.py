@@ -19,11 +19,10 @@ from PIL import Image
 
 import detectors
 import eval as evaluation
-import options
-import phantom
 import pmsacl
-import run as shared
 from encoder import ResNet18
+from support import options, phantom
+from support import run as shared
 
 ROOT = Path(__file__).parent.parent
 TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tables
-from run import write_file
+from support import tables
+from support.run import write_file
 
 
 def test_the_papers_tables_have_all_their_rows():

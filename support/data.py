@@ -24,7 +24,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from layouts import Dataset, Sample
+from support.layouts import Dataset, Sample
 
 T = TypeVar("T")
 

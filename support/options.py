@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import baselines
 import medmix
-from run import Parser, pick_device, read_json
+from baselines import pretraining as baselines
+from support.run import Parser, pick_device, read_json
 
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order
 CENTRED = {"ctr", "pmsacl"}  # the terms that need the centres of eq. 2

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from layouts import Sample
+from support.layouts import Sample
 
 Array = NDArray[Any]
 

@@ -1,7 +1,7 @@
 """Time and memory of both kernels against eager torch, torch.compile and the roofline.
 
-    python kernels/bench.py                   all sizes: N to 65536, B to 128, D = 100 and 448
-    python kernels/bench.py --quick           small sizes, half a minute on a CPU
+    python -m bench.kernels                   all sizes: N to 65536, B to 128, D = 100 and 448
+    python -m bench.kernels --quick           small sizes, half a minute on a CPU
 
 First the paths are checked against the float64 definition at a few sizes; nothing is timed if one
 is off. Then a table goes to the screen and to a CSV, whose rows carry card, versions and commit.

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts import Sample
-from run import write_file
+from support.layouts import Sample
+from support.run import write_file
 
 _DETECTION = ("AUC", "Specificity", "Sensitivity", "Accuracy")
 _LOCALISATION = ("IoU", "Dice", "Pro")

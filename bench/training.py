@@ -1,9 +1,9 @@
 """The main job's speed beside the bare network's, in one run, as ratios.
 
-    python bench.py      # prints and writes docs/speed.csv; about two minutes on two cores
+    python -m bench.training      # prints and writes docs/speed.csv; about two minutes on two cores
 
 Each pair is timed in turn, round by round, and the median ratio is kept: absolute times of shared
-machines drift, ratios hold. kernels/bench.py times the kernels.
+machines drift, ratios hold. bench/kernels.py times the kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pmsacl
 from detectors import PaDiM
 from encoder import Conv3x3, ResNet18, channels_last, normalise, to_unit
 from igd import IGD, Training
-from run import generator
+from support.run import generator
 
 
 def paired(
