@@ -1,5 +1,7 @@
-# Each target sets up all it needs in .venv.
+# Each target sets up all that it needs in .venv. For another torch, in a fresh .venv:
+#   make test REQUIREMENTS=.ci/torch-2.11.txt PYTHON=python3.10
 PYTHON ?= python3
+REQUIREMENTS ?= requirements.txt
 # Spinning OpenMP threads slow a shared machine many times.
 export OMP_WAIT_POLICY = passive
 
@@ -12,7 +14,7 @@ test: .venv/ready
 lint: .venv/ready-lint
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy *.py kernels/*.py
+	.venv/bin/mypy *.py kernels/*.py baselines/*.py support/*.py bench/*.py
 
 notebooks: .venv/ready-notebooks
 	.venv/bin/jupytext --quiet --to ipynb notebooks/*.py
@@ -20,9 +22,9 @@ notebooks: .venv/ready-notebooks
 
 check: lint test notebooks
 
-.venv/ready: requirements.txt
+.venv/ready: $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --requirement requirements.txt
+	.venv/bin/pip install --quiet --requirement $(REQUIREMENTS)
 	touch $@
 
 .venv/ready-lint: .venv/ready .ci/requirements.txt

@@ -1,15 +1,19 @@
-"""IGD's networks: the auto-encoder of images or patches and the critic.   [P:§3.3]
+"""IGD's networks: the auto-encoder with its Gaussian, and the critic with its loss.   [P:§3.3]
 
 `[I:...]` is Chen et al., "Deep One-Class Classification via Interpolated Gaussian Descriptor",
-2022, as in igd.py, where the losses that train the networks are.
+2022, as in igd.py, where eq. 10-12 are. The critic of interpolations is that of Berthelot et al.,
+"Understanding and Improving Interpolation in Autoencoders via an Adversarial Regularizer", 2019
+(ACAI).
 
-Sizes: B images or patches, S pixels a side, Z = 128 features of the latent space.
+Sizes: N training images, B images or patches, S pixels a side, Z = 128 features of the latent
+space.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +99,7 @@ class AutoEncoder(nn.Module):
             initialise(part, generator)
         self.register_buffer("mu", torch.zeros(Z))
         self.register_buffer("sigma2", torch.full((), math.nan))  # until it is fitted
+        channels_last(self)
 
     def encode(self, x: Tensor) -> Tensor:
         """f_theta: (B, 3, S, S) in [0, 1] -> z (B, Z)."""
@@ -103,6 +108,40 @@ class AutoEncoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """g_phi: (B, Z) -> (B, 3, S, S) in [0, 1]."""
         return self.decoder(z)
+
+    @torch.no_grad()
+    def estimate(self, batches: Iterable[Tensor], kappa: float, least: float) -> None:
+        """Set mu and sigma^2 to those of the training images or patches.   [P!§3.3 R21]
+
+        Eq. 12 pulls z together, so sigma^2 shrinks from one estimate to the next; a step of Adam
+        then moves z by many sigma, and 1 - exp(.) saturates at 1, without a gradient. Hence a
+        least value, as in IGD's code.
+
+        batches: of x (B, 3, S, S) in [0, 1].   kappa: as in `gaussian`.   least: of sigma^2.
+        """
+        mu, sigma2 = gaussian(map(self.encode, batches), kappa)
+        self.mu.copy_(mu)
+        self.sigma2.copy_(sigma2.clamp(min=least))
+
+
+def gaussian(batches: Iterable[Tensor], kappa: float) -> tuple[Tensor, Tensor]:
+    """mu = 1/N sum_i z_i and sigma^2 = kappa/N sum_i |z_i - mu|^2.   [P:§3.3]
+
+    batches: of z (B, Z), summed in float64: one pass.
+    kappa:   in (0, 1].
+    returns: mu (Z,) and sigma2 (), float32; sigma2 is at least 1e-6, for equal z.
+    """
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for z in batches:
+        z = z.double()
+        if count == 0:
+            shift = z.mean(dim=0)  # against cancellation
+        count += len(z)
+        total = total + (z - shift).sum(dim=0)
+        square = square + (z - shift).square().sum()
+    mean = total / count
+    sigma2 = kappa * (square / count - mean.square().sum())
+    return (shift + mean).float(), sigma2.float().clamp(min=1e-6)
 
 
 def critic(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
@@ -119,4 +158,21 @@ def critic(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
         nn.Flatten(0),
     )
     initialise(network, generator)
+    channels_last(network)
     return network
+
+
+def interpolate(z: Tensor, alpha: Tensor) -> Tensor:
+    """z_alpha = alpha z + (1 - alpha) z', z' the batch in reverse.   [I:interpolation]
+
+    z: (B, Z).   alpha: (B,) in [0, 0.5].
+    """
+    return alpha[:, None] * z + (1 - alpha)[:, None] * z.flip(0)
+
+
+def critic_loss(of_mixture: Tensor, alpha: Tensor, of_blend: Tensor) -> Tensor:
+    """E (d(g(z_alpha)) - alpha)^2 + E d(gamma x + (1 - gamma) x~)^2: tell how mixed.   [I:critic]
+
+    of_mixture, alpha, of_blend: (B,).   returns: scalar.
+    """
+    return (of_mixture - alpha).square().mean() + of_blend.square().mean()

@@ -1,25 +1,20 @@
 """f_theta: ResNet-18, its projection head, and the heads f_beta and f_gamma.   [P:§4.2]
 
 The backbone is He et al. 2016 with torchvision's names and shapes, so that weights move between
-the two in either direction. The losses that train it are in pmsacl.py.
+the two in either direction. The losses that train it are in losses.py.
 
 Sizes: B images, S pixels a side, Z = 128 output features, A classes; the backbone pools 512.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from support.run import read_saved, say
 
 T = TypeVar("T", Tensor, nn.Module)
 
@@ -29,7 +24,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 def to_unit(images: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
-    """Images at rest (uint8) or in flight (float) to float32 in [0, 1] on the device.
+    """Convert uint8 or float images to float32 in [0, 1] on the device.
 
     images:  (B, 3, S, S), uint8 in 0..255 or floating in [0, 1].
     returns: (B, 3, S, S) float32.
@@ -43,11 +38,9 @@ def to_unit(images: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
 def normalise(x: Tensor) -> Tensor:
     """(x - mean) / std per channel, with ImageNet's statistics whatever the start weights.
 
-    x:       (B, 3, S, S) in [0, 1].
-    returns: (B, 3, S, S), about zero mean and unit variance.
+    x: (B, 3, S, S) in [0, 1].   returns: (B, 3, S, S), about zero mean and unit variance.
     """
-    mean = x.new_tensor(MEAN)[:, None, None]
-    std = x.new_tensor(STD)[:, None, None]
+    mean, std = x.new_tensor([MEAN, STD])[:, :, None, None]
     return (x - mean) / std
 
 
@@ -156,8 +149,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 class Encoder(nn.Module):
     """f_theta with its heads: z = head(backbone(x)), on the unit sphere or raw.   [P!(3) R20]
 
-    classes:   A, the number of classes that f_beta tells apart.
-    z_dim:     Z.
+    classes:   A, that f_beta tells apart.   z_dim: Z.
     features:  "unit" scales z to length 1, "raw" leaves it as printed.
     aug_head:  what f_beta sees: "backbone" (512-d) or "projection" (z).   [P!(8) R17]
     generator: of the start weights.
@@ -209,45 +201,7 @@ class Encoder(nn.Module):
         return self.f_gamma(z1 - z2)
 
 
-# --- start weights, memory order, batch-norm -----------------------------------------------------
-
-IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-
-
-def start_weights(backbone: ResNet18, init: str) -> str:
-    """Fill the backbone as --init says.   [P!§4.2 R14]
-
-    init:    "random" leaves it as it is; "imagenet" insists on torch.hub's cached or downloaded
-             weights and "auto" goes on without them; else a file in torchvision's format.
-    returns: what the network starts from: "random", "imagenet" or the file's name.
-    raises:  ValueError if ImageNet's weights cannot be had, or the file is no ResNet-18.
-    """
-    if init == "random":
-        return init
-    if init in ("auto", "imagenet"):
-        try:
-            weights = torch.hub.load_state_dict_from_url(
-                IMAGENET, map_location="cpu", progress=False, check_hash=True, weights_only=True
-            )
-        except (OSError, RuntimeError) as error:  # no network, or a damaged download
-            if init == "imagenet":
-                raise ValueError(
-                    f"--init imagenet: no weights from {IMAGENET} ({error}); put that file into "
-                    f"{torch.hub.get_dir()}/checkpoints, or use --init random"
-                ) from None
-            say("ImageNet weights are neither cached nor to be downloaded: random start weights")
-            return "random"
-        backbone.load_state_dict(weights)
-        return "imagenet"
-    try:
-        backbone.load_state_dict(read_saved(init, "state dict", "cpu"))
-    except OSError as error:
-        raise ValueError(f"--init {init}: {error.strerror}") from None
-    except Exception:  # whatever the file holds, it may be anything
-        raise ValueError(
-            f"--init {init}: no state dict of a resnet18; give a run's encoder.pt or torchvision's"
-        ) from None
-    return Path(init).name
+# --- memory order, precision, random numbers -----------------------------------------------------
 
 
 def channels_last(x: T) -> T:
@@ -255,17 +209,12 @@ def channels_last(x: T) -> T:
     return x.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-@contextlib.contextmanager
-def frozen_averages(module: nn.Module) -> Iterator[None]:
-    """Batch-norm on batch statistics, its running averages left alone.   [P!(2) R5]"""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.training, norm.track_running_stats) for norm in norms]
-    for norm in norms:
-        norm.train()
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm, (training, tracking) in zip(norms, before, strict=True):
-            norm.train(training)
-            norm.track_running_stats = tracking
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is many times slower."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A generator on the CPU for a key such as (seed, purpose, step): no two keys share draws."""
+    words = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))

@@ -1,10 +1,8 @@
 """The paper's protocol: evaluates runs, and scores new images.   [P:§4.3]
 
-Everything here takes the scores and heat maps that a detector gives; fitting one is not here
-(detectors.py), nor the formulas of the measures (measures.py), nor what is written (tables.py) and
-drawn (figures.py) of the result.
-
-Sizes: N images, S pixels a side.
+Everything here takes the scores and heat maps that a detector gives. Not here: fitting one
+(detectors.py, igd.py), the formulas of the measures (measures.py), and how results are written
+(support/tables.py) and drawn (support/figures.py). Sizes: N images, S pixels a side.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,51 +18,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from detectors import load as load_detector
-from measures import aupro as aupro  # eval.aupro, beside the measures below
-from measures import (
-    auroc,
-    confusion,
-    dice,
-    dice_threshold,
-    iou,
-    pixel_measures,
-    youden_threshold,
-)
-from support import data, layouts
-from support.figures import (
-    choose_cases,
-    image_grid,
-    localisation_figure,
-    map_scale,
-    overlay,
-    png,
-    source_of,
-)
-from support.run import Parser, pick_device, read_json, write_file
-from support.tables import measured, write_results, write_scores
+from detectors import PaDiM
+from igd import IGD
+from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
+from support import data, figures, layouts
+from support.progress import progress, say
+from support.run import Parser, pick_device, read_json, read_saved, write_file
+from support.tables import measured, origin, write_results, write_scores
 
 Array = NDArray[Any]
 
-
-@dataclass(frozen=True)
-class Config:
-    validation: int = 50  # images of each class that set the thresholds     [P:§4.3]
-    groups: int = 5  # of abnormal images, for IoU, Dice and Pro             [P:§4.5.1]
-    group_size: int = 100  # images                                          [P:§4.5.1]
-    batch_size: int = 8  # images scored at a time
-    device: str = "auto"  # cuda if there is one
-
-
-DEFAULT = Config()
-MAPS_FOR_SCALE = 64  # new images whose heat maps set a scale where no test images have
-MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: above that a set's heat maps lie in a temporary file
+VALIDATION = 50  # images of each class that set the thresholds              [P:§4.3]
+GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]
+GROUP_SIZE = 100  # images                                                   [P:§4.5.1]
+BATCH_SIZE = 8  # images scored at a time
+DETECTOR_FILES = ("detector.pt", "detector_igd.pt")  # of a run
+MAPS_FOR_SCALE = 64  # new images whose heat maps set the colour scale if there are no test images
+MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: heat maps of a larger set are kept in a temporary file
 
 
-# --- The protocol of section 4.3 ---------------------------------------------------------------
+# --- The protocol of section 4.3 -----------------------------------------------------------------
 
 
-def validation_split(labels: ArrayLike, seed: int, config: Config = DEFAULT) -> Array:
+def validation_split(labels: ArrayLike, seed: int) -> Array:
     """50 normal and 50 abnormal test images, half of a class that has fewer than 100.   [P!§4.3 R8]
 
     labels:  (N,) 1 where abnormal.
@@ -80,8 +55,8 @@ def validation_split(labels: ArrayLike, seed: int, config: Config = DEFAULT) -> 
         )
     chosen, rng = np.zeros(len(y), bool), np.random.default_rng(seed)
     for members in (np.flatnonzero(~y), np.flatnonzero(y)):
-        take = min(config.validation, len(members) // 2)
-        chosen[rng.choice(members, take, replace=False)] = True
+        size = min(VALIDATION, len(members) // 2)
+        chosen[rng.choice(members, size, replace=False)] = True
     return chosen
 
 
@@ -94,98 +69,88 @@ def protocol(
     *,
     seed: int,
     paper_protocol: bool = False,
-    config: Config = DEFAULT,
 ) -> dict[str, Any]:
-    """All measures of one detector: thresholds on 50 + 50 images, the rest measured.   [P!§4.3 R8]
+    """All measures of one detector: thresholds from 50 + 50 images, the rest measured. [P!§4.3 R8]
 
     scores:  (N,) of the test images.      labels: (N,) 1 where abnormal.
     maps:    (N, S, S) heat maps.          masks:  (N, S, S), false for normal images; or None.
     known:   (N,) false where an abnormal image's mask is unknown: left out of pixel measures.
     seed:    of the validation images and of the five groups.
-    paper_protocol: measure on all test images, those that set the thresholds included.
+    paper_protocol: measure all test images, including those that set the thresholds.
     returns: a row of results.json: image_auroc, specificity, sensitivity, accuracy, threshold,
              images (counts), notes (sentences); with masks also what `localisation` returns.
     raises:  ValueError if a class has fewer than two images, or a score is NaN.
     """
     s, y = np.asarray(scores, np.float64), np.asarray(labels).astype(bool)
-    validation = validation_split(y, seed, config)
+    validation = validation_split(y, seed)
     test = np.ones(len(y), bool) if paper_protocol else ~validation
     threshold = youden_threshold(s[validation], y[validation])
     row: dict[str, Any] = {"image_auroc": auroc(s[test], y[test])}
     row |= confusion(s[test], y[test], threshold) | {"threshold": threshold}
+    lesion = None  # (N,) abnormal images whose mask is known
     if maps is not None and masks is not None:
         lesion = y & np.array([bool(m.any()) for m in masks])
         lesion &= True if known is None else np.asarray(known, bool)
-        tune, rest = np.flatnonzero(lesion & validation), np.flatnonzero(lesion & test)
-        if len(tune) and len(rest):
-            groups, everything = abnormal_groups(rest, seed, config), test & (lesion | ~y)
-            row |= localisation(maps, masks, tune, groups, np.flatnonzero(everything))
-    else:
-        lesion = None
+        tuning, rest = np.flatnonzero(lesion & validation), np.flatnonzero(lesion & test)
+        if len(tuning) and len(rest):
+            everything = np.flatnonzero(test & (lesion | ~y))
+            row |= localisation(maps, masks, tuning, abnormal_groups(rest, seed), everything)
     sets = {"validation_normal": validation & ~y, "validation_abnormal": validation & y}
     sets |= {"test_normal": test & ~y, "test_abnormal": test & y}
-    row["images"] = {name: int(chosen.sum()) for name, chosen in sets.items()}
-    row["notes"] = _notes(y, lesion, validation, test, config)
+    row["images"] = {name: int(members.sum()) for name, members in sets.items()}
+    row["notes"] = _notes(y, lesion, validation, test)
     return row
 
 
-def _notes(
-    y: Array, lesion: Array | None, validation: Array, test: Array, config: Config
-) -> list[str]:
-    """A sentence for whatever differs from 50 + 50 images and five groups of 100."""
-    size, groups = config.group_size, config.groups
-    few = min(validation[~y].sum(), validation[y].sum()) < config.validation
+def _notes(y: Array, lesion: Array | None, validation: Array, test: Array) -> list[str]:
+    """A sentence for everything that differs from 50 + 50 images and five groups of 100."""
+    few = min(validation[~y].sum(), validation[y].sum()) < VALIDATION
     notes = {
-        f"A class has fewer than {2 * config.validation} test images: half of it, not "
-        f"{config.validation}, helps to set the thresholds.": few,
+        f"A class has fewer than {2 * VALIDATION} test images: half of it, not {VALIDATION}, "
+        "helps to set the thresholds.": few,
         "The images that set the thresholds are measured as well.": (validation & test).any(),
     }
     if lesion is not None:
         rest, without = int((lesion & test).sum()), int((y & ~lesion).sum())
         usable = rest and (lesion & validation).any()
+        one_group = usable and rest <= GROUP_SIZE
+        shared = usable and GROUP_SIZE < rest < GROUPS * GROUP_SIZE
         notes |= {
             f"{without} abnormal images have no mask: left out of pixel measures.": without,
             "Too few masks for the pixel measures.": not usable,
-            f"{rest} abnormal images with masks: one group, so no standard deviation.": (
-                usable and rest <= size
-            ),
-            f"The {groups} groups of {size} are drawn from {rest} abnormal images and share some: "
-            "their standard deviation is too small.": usable and size < rest < groups * size,
+            f"{rest} abnormal images with masks: one group, so no standard deviation.": one_group,
+            f"The {GROUPS} groups of {GROUP_SIZE} are drawn from {rest} abnormal images and share "
+            "some: their standard deviation is too small.": shared,
         }
     return [sentence for sentence, holds in notes.items() if holds]
 
 
-def abnormal_groups(index: Array, seed: int, config: Config = DEFAULT) -> list[Array]:
+def abnormal_groups(index: Array, seed: int) -> list[Array]:
     """Five groups of 100 abnormal images; only one, of all, if there are no more.   [P:§4.5.1]
 
     returns: arrays of indices, disjoint if there are 500 images or more.
     """
     rng = np.random.default_rng([seed, 1])
-    if len(index) <= config.group_size:
+    if len(index) <= GROUP_SIZE:
         return [index]
-    if len(index) < config.groups * config.group_size:
-        return [rng.choice(index, config.group_size, replace=False) for _ in range(config.groups)]
-    return list(
-        rng.permutation(index)[: config.groups * config.group_size].reshape(config.groups, -1)
-    )
+    if len(index) < GROUPS * GROUP_SIZE:
+        return [rng.choice(index, GROUP_SIZE, replace=False) for _ in range(GROUPS)]
+    return list(rng.permutation(index)[: GROUPS * GROUP_SIZE].reshape(GROUPS, -1))
 
 
 def localisation(
-    maps: Array,
-    masks: Array,
-    tune: Array,
-    groups: Sequence[Array],
-    everything: Array,
+    maps: Array, masks: Array, tuning: Array, groups: Sequence[Array], everything: Array
 ) -> dict[str, Any]:
     """IoU, Dice and Pro over groups as in Table 6, pixel AUROC and AUPRO over all.   [P!§4.3 R9]
 
-    tune, groups, everything: indices of the abnormal images that set the pixel threshold, of the
-             groups of abnormal images, and of all images measured, normal ones (empty masks) too.
-    returns: pixel_threshold; iou, dice, pro and *_sd over groups (None for one group);
-             best_possible (threshold, iou, dice: what the best threshold for the groups
-             themselves would give); pixel_auroc and aupro of everything.
+    tuning:     indices of the abnormal images that set the pixel threshold.
+    groups:     indices of abnormal images, an array for each group.
+    everything: indices of all images measured, normal ones (whose masks are empty) included.
+    returns:    pixel_threshold; iou, dice, pro and *_sd over groups (None for one group);
+                best_possible (threshold, iou, dice: what the best threshold for the groups
+                themselves would give); pixel_auroc and aupro of everything.
     """
-    t, _ = dice_threshold(maps, masks, tune)
+    t, _ = dice_threshold(maps, masks, tuning)
     grouped = np.concatenate(groups)  # an image of two groups counts twice, as in their mean
     best, best_dice = dice_threshold(maps, masks, grouped)
     values = np.zeros((3, len(maps)))  # IoU, Dice and the best possible IoU of each image
@@ -209,8 +174,11 @@ def localisation(
     return row
 
 
+# --- Evaluating a run ----------------------------------------------------------------------------
+
+
 def score_set(
-    detector: Any, images: Array, *, batch: int = DEFAULT.batch_size, label: str = "score"
+    detector: Any, images: Array, *, batch: int = BATCH_SIZE, label: str = "score"
 ) -> tuple[Array, Array]:
     """Scores and heat maps of a whole set, with a progress line.
 
@@ -227,7 +195,7 @@ def score_set(
             maps = np.memmap(file, np.float32, "w+", shape=(n, side, side))
     else:
         maps = np.zeros((n, side, side), np.float32)
-    for k in data.progress(range(0, n, batch), -(-n // batch), label):
+    for k in progress(range(0, n, batch), -(-n // batch), label):
         part = slice(k, k + batch)
         maps[part], scores[part] = (v.cpu().numpy() for v in detector.score(np.array(images[part])))
         if np.isnan(scores[part]).any() or np.isnan(maps[part]).any():
@@ -236,7 +204,7 @@ def score_set(
 
 
 def evaluate(
-    run: Path,
+    folder: Path,
     dataset: layouts.Dataset,
     detectors: Mapping[str, Any],
     images: Array,
@@ -245,13 +213,13 @@ def evaluate(
     *,
     seed: int,
     paper_protocol: bool = False,
-    batch: int = DEFAULT.batch_size,
+    batch: int = BATCH_SIZE,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score the test images, apply the protocol, write results, scores and figures.   [P:§4.3]
 
-    run:       folder that receives results.json, results.md, scores.csv and figures/.
-    dataset:   its `test` samples belong to images, one each, in order.
+    folder:    the run's, where results.json, results.md, scores.csv and figures/ are written.
+    dataset:   its test samples are those of `images`, in the same order.
     detectors: name of the row (padim, igd, untrained) -> detector; scored one after the other.
     images:    (N, 3, S, S) uint8.   masks: (N, S, S).   known: (N,) bool.
     extra:     top-level entries of results.json: config, seconds, init, rows of other detectors.
@@ -262,160 +230,138 @@ def evaluate(
         raise ValueError(f"{len(images)} images for {len(dataset.test)} test samples")
     dataset.check_test()
     started = time.perf_counter()
-    labels = np.array([sample.label for sample in dataset.test], bool)
+    samples = dataset.test
+    labels = np.array([sample.label for sample in samples], bool)
     validation = validation_split(labels, seed)
     usable = ~validation & (known if masks is not None and known is not None else True)
     rows, scores, drawn = {}, {}, {}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
         row = protocol(s, labels, maps, masks, known, seed=seed, paper_protocol=paper_protocol)
-        row["map_scale"] = map_scale(maps, labels)
-        row["data"] = _data_key(dataset, seed, paper_protocol)
-        cases = choose_cases(s, labels, usable)
-        drawn[name] = localisation_figure(images, maps, masks, dataset.test, s, row, cases, name)
+        row["map_scale"] = figures.map_scale(maps, labels)
+        row["data"] = origin(dataset, seed, paper_protocol)
+        cases = figures.choose_cases(s, labels, usable)
+        drawn[name] = figures.localisation_figure(images, maps, masks, samples, s, row, cases, name)
         rows[name], scores[name] = row, s
     results = {**rows, **(extra or {})}
     results["seconds"] = {**results.get("seconds", {}), "evaluate": time.perf_counter() - started}
-    write_results(run, results)
-    write_scores(run, dataset.test, scores, rows, validation)
+    write_results(folder, results)
+    write_scores(folder, samples, scores, rows, validation)
     for name, figure in drawn.items():
-        write_file(run / "figures" / f"localisation_{name}.png", png(figure))
+        write_file(folder / "figures" / f"localisation_{name}.png", figures.png(figure))
     return results
 
 
-def _data_key(dataset: layouts.Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
-    """What two rows of a results table must share to be comparable."""
-    key = {"layout": dataset.layout, "root": str(dataset.root), "seed": seed}
-    return key | {"paper_protocol": paper_protocol}
+def load(path: str | Path, device: str = "cpu") -> PaDiM | IGD:
+    """The detector that a file holds, by its "kind".   raises: ValueError, or OSError."""
+    state = read_saved(path, "detector", device)
+    if not isinstance(state, dict) or "kind" not in state:
+        raise ValueError(f"{path}: not a detector file")
+    kinds: dict[str, type[PaDiM] | type[IGD]] = {"padim": PaDiM, "igd": IGD}
+    if state["kind"] not in kinds:
+        raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
+    return kinds[state["kind"]].of(state, device)
 
 
-# --- New images, and the command line ----------------------------------------------------------
-
-
-def load_run(run: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """A run folder's config, its results (empty if there are none) and its detectors by name."""
-    files = [run / name for name in ("detector.pt", "detector_igd.pt") if (run / name).is_file()]
-    config = read_json(run / "config.json")
+def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A run's config, its results (empty if there are none) and its detectors by name."""
+    files = [path for name in DETECTOR_FILES if (path := folder / name).is_file()]
+    config = read_json(folder / "config.json")
     if not files or "image_size" not in config:
-        raise ValueError(
-            f"{run}: no finished run here (config.json and detector.pt are looked for)"
-        )
-    loaded = [load_detector(file, pick_device(device)) for file in files]
-    return config, read_json(run / "results.json"), {type(d).__name__.lower(): d for d in loaded}
+        raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
+    loaded = [load(path, pick_device(device)) for path in files]
+    detectors = {type(detector).__name__.lower(): detector for detector in loaded}
+    return config, read_json(folder / "results.json"), detectors
 
 
 def evaluate_run(
-    run: Path,
+    folder: Path,
     root: Path | None,
     *,
     paper_protocol: bool,
     skip_bad: bool,
     batch: int,
     device: str,
-) -> dict[str, Any]:
-    """Evaluate a run again, on its own data set (root None) or another one.
+) -> None:
+    """Evaluate a run again, on its own data set (root None) or on another one.
 
-    Rows that cannot be made again (untrained) stay if they are of the same data and protocol.
+    Rows of detectors that the run did not save (untrained) are kept if they are of the same data
+    and protocol.
     """
-    config, old, found = load_run(run, device)
-    own = Path(config.get("data") or run / "phantom")
-    if root is None and not own.exists():
-        raise ValueError(f"{own}: the images of {run} are not there; --data names their place")
-    root = (root or own).resolve()
+    config, old, detectors = load_run(folder, device)
+    path = Path(config.get("data") or folder / "phantom")
+    if root is None and not path.exists():
+        raise ValueError(f"{path}: the images of {folder} are not there; --data names their place")
+    root = (root or path).resolve()
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
     dataset = layouts.discover(root, seed=seed)
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
     dataset, images, masks, known = data.decode_test(
-        dataset, size, run / "cache", skip_bad=skip_bad or bool(config.get("skip_bad"))
+        dataset, size, folder / "cache", skip_bad=skip_bad or bool(config.get("skip_bad"))
     )
-    extra = {}
-    for name, value in old.items():
-        if name in measured(old) and value.get("data") != _data_key(dataset, seed, paper_protocol):
-            print(f"left out: the row {name}, of other data or another protocol", file=sys.stderr)
-        elif name not in found:
-            extra[name] = value
-    return evaluate(
-        run, dataset, found, images, masks, known,
-        seed=seed, paper_protocol=paper_protocol, batch=batch, extra=extra,
+    kept = {}
+    for name, entry in old.items():
+        if name in measured(old) and entry.get("data") != origin(dataset, seed, paper_protocol):
+            say(f"left out: the row {name}, of other data or another protocol")
+        elif name not in detectors:
+            kept[name] = entry
+    evaluate(
+        folder, dataset, detectors, images, masks, known,
+        seed=seed, paper_protocol=paper_protocol, batch=batch, extra=kept,
     )  # fmt: skip
 
 
+# --- New images, and the command line ------------------------------------------------------------
+
+
 def score_files(
-    run: Path, paths: Sequence[Path], *, skip_bad: bool, batch: int, device: str
+    folder: Path, paths: Sequence[Path], *, skip_bad: bool, batch: int, device: str
 ) -> None:
     """Print a line for each new image and write its heat map beside it, as NAME.heatmap.png.
 
-    A run without test images has no thresholds: then its scores stand without a verdict, and the
-    heat maps share a scale from the first MAPS_FOR_SCALE of the new images.
+    A run without test images has no thresholds: its scores are printed without a verdict, and the
+    heat maps share a colour scale from the first MAPS_FOR_SCALE of the new images.
     raises: ValueError, before anything is written, if an image cannot be read, or a heat map would
-            replace a file that is not ours.  OSError if a folder cannot be written.
+            replace a file that is not ours.  OSError if a folder cannot be written to.
     """
-    config, results, found = load_run(run, device)
-    targets = _heatmap_files([file for path in paths for file in _image_files(path)])
-    for folder in {target.parent for target in targets.values()}:
-        tempfile.TemporaryFile(dir=folder).close()  # an unwritable folder fails here
+    config, results, detectors = load_run(folder, device)
+    targets = figures.heatmap_files(paths)
+    for parent in {target.parent for target in targets.values()}:
+        tempfile.TemporaryFile(dir=parent).close()  # fails in a folder that is not writable
     with tempfile.TemporaryDirectory() as cache:
         size = int(config["image_size"])
         images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
         files = [list(targets)[i] for i in kept]
-        scales = {name: results[name]["map_scale"] for name in found if name in results}
-        starts = range(0, len(files), batch)
-        blocks = (np.array(images[k : k + batch]) for k in starts)
-        scored = ((block, {name: found[name].score(block) for name in found}) for block in blocks)
-        unscaled = [name for name in found if name not in scales]
-        first = list(islice(scored, -(-MAPS_FOR_SCALE // batch))) if unscaled else []
+        scored = _scored(detectors, images, batch)
+        scales = {name: results[name]["map_scale"] for name in detectors if name in results}
+        unscaled = [name for name in detectors if name not in scales]
+        first = list(islice(scored, MAPS_FOR_SCALE)) if unscaled else []
         for name in unscaled:
-            scales[name] = map_scale(np.concatenate([given[name][0].cpu() for _, given in first]))
-        note = "Scale from dark to bright: "
-        note += ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items())
-        for k, (block, given) in zip(starts, chain(first, scored), strict=True):
-            for i, file in enumerate(files[k : k + batch]):
-                line, panels, heads = [str(file)], [block[i]], ["image"]
-                for name, (maps, scores) in given.items():
-                    score = float(scores[i])
-                    verdict = []
-                    if name in results:
-                        high = score >= results[name]["threshold"]
-                        verdict = ["abnormal" if high else "normal"]
-                    line += [name, f"{score:.6g}", *verdict]
-                    panels.append(overlay(block[i], maps[i].cpu().numpy(), scales[name], 256))
-                    heads.append(", ".join([f"{name}: {score:.4g}", *verdict]))
-                figure = image_grid([panels], columns=heads, title=file.name, note=note, side=256)
-                write_file(targets[file], png(figure, file.name))
-                print("\t".join(line), flush=True)
+            scales[name] = figures.map_scale(np.stack([of_image[name][0] for of_image in first]))
+        for file, image, of_image in zip(files, images, chain(first, scored), strict=True):
+            line, captions = [str(file)], []
+            for name, (_, score) in of_image.items():
+                high = name in results and score >= results[name]["threshold"]
+                verdict = ["abnormal" if high else "normal"] if name in results else []
+                line += [name, f"{score:.6g}", *verdict]
+                captions.append(", ".join([f"{name}: {score:.4g}", *verdict]))
+            maps = {name: heat_map for name, (heat_map, _) in of_image.items()}
+            figure = figures.heatmap_figure(image, maps, scales, captions, title=file.name)
+            write_file(targets[file], figures.png(figure, file.name))
+            print("\t".join(line), flush=True)
 
 
-def _image_files(path: Path) -> list[Path]:
-    """A file as given, or the images of a folder, without our own heat maps."""
-    if not path.is_dir():
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file or folder")
-        return [path]
-    inside = [
-        p
-        for p in sorted(path.rglob("*"))
-        if p.suffix.lower() in layouts.EXTENSIONS
-        and not p.name.startswith(".")
-        and not source_of(p)
-    ]
-    if not inside:
-        raise ValueError(f"{path}: no images in this folder")
-    return inside
-
-
-def _heatmap_files(files: Sequence[Path]) -> dict[Path, Path]:
-    """The heat map's path of each image: NAME without its ending, unless two share that."""
-    files = list(dict.fromkeys(files))  # a file given twice is scored once
-    stems = [file.with_suffix("") for file in files]
-    targets = {}
-    for file, stem in zip(files, stems, strict=True):
-        name = file.stem if stems.count(stem) == 1 else file.name
-        targets[file] = target = file.with_name(f"{name}.heatmap.png")
-        if target.exists() and source_of(target) != file.name:
-            raise ValueError(f"{target}: exists and is no heat map of {file.name}; move it away")
-    return targets
+def _scored(
+    detectors: Mapping[str, Any], images: Array, batch: int
+) -> Iterator[dict[str, tuple[Array, float]]]:
+    """The heat map (S, S) and the score of each image, by the detector's name."""
+    for k in range(0, len(images), batch):
+        part = np.array(images[k : k + batch])
+        scored = {name: detector.score(part) for name, detector in detectors.items()}
+        for i in range(len(part)):
+            yield {n: (maps[i].cpu().numpy(), float(s[i])) for n, (maps, s) in scored.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -427,19 +373,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--score", type=Path, nargs="+", metavar="PATH", help="new images, or folders of them")
     add("--paper-protocol", action="store_true", help="also measure what sets the thresholds")
     add("--skip-bad", action="store_true", help="leave unreadable files out")
-    add("--batch-size", type=int, default=DEFAULT.batch_size, help="images at a time")
-    add("--device", default=DEFAULT.device, help="auto, cpu or cuda")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images at a time")
+    add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     try:
         if args.score and (args.data or args.paper_protocol):
             raise ValueError("--score goes with neither --data nor --paper-protocol")
         if args.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
-        how = {"skip_bad": args.skip_bad, "batch": args.batch_size, "device": args.device}
+        shared = {"skip_bad": args.skip_bad, "batch": args.batch_size, "device": args.device}
         if args.score:
-            score_files(args.run, args.score, **how)
+            score_files(args.run, args.score, **shared)
         else:
-            evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **how)
+            evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
             print((args.run / "results.md").read_text(), end="")
     except (ValueError, OSError) as error:
         print("eval.py:", str(error).replace("\n", " "), file=sys.stderr)

@@ -1,19 +1,17 @@
 """IGD on pre-trained encoders: eq. 10-12 with global and local auto-encoders.   [P:§3.3]
 
 IGD is Chen et al., "Deep One-Class Classification via Interpolated Gaussian Descriptor", 2022,
-`[I:...]`; the critic of interpolations is Berthelot et al.'s, 2019 (ACAI). The networks are in
-autoencoder.py, MS-SSIM in ssim.py, the pre-training of the two encoders in pmsacl.py.
+`[I:...]`. Its networks, the critic's loss and the Gaussian's mu and sigma^2 are in autoencoder.py,
+MS-SSIM in ssim.py, the pre-training of the two encoders in pmsacl.py.
 
-Sizes: N training images, B images or patches, S pixels a side, L patches an image,
-Z = 128 features of the latent space.
+Sizes: N training images, B images or patches, S pixels a side, L patches an image, Z = 128.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,13 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from autoencoder import AutoEncoder, critic
-from encoder import ResNet18, channels_last, to_unit
-from patches import PATCH
+from autoencoder import AutoEncoder, critic, critic_loss, interpolate
+from encoder import ResNet18, autocast, seeded, to_unit
 from ssim import ms_ssim, residual_map, setting
-from support.run import Meter, autocast, epoch_order, generator, read_saved, save_atomically
 
+PATCH = 32  # pixels a side of the local model's patches                            [P:§4.2]
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**23  # B S^2 that are scored at once
-
-
-# --- section 3.3, in its order -------------------------------------------------------------------
+Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 def anomaly_score(rec: Tensor, h: Tensor, *, xi: float) -> Tensor:
@@ -42,20 +37,13 @@ def anomaly_score(rec: Tensor, h: Tensor, *, xi: float) -> Tensor:
     The paper prints (1 - xi)(1 - h) but its h is 1 - exp(-d^2 / sigma^2), which is near 1 far from
     the normal images: as printed, a far sample would rank as normal.
 
-    rec, h:  (...) of eq. 11 and 12.
-    returns: (...), larger is more abnormal.
+    rec, h: (...) of eq. 11 and 12.   returns: (...), larger is more abnormal.
     """
     return xi * rec + (1 - xi) * h
 
 
 def reconstruction_error(
-    x: Tensor,
-    x_tilde: Tensor,
-    m_global: Tensor | float = 0.0,
-    m_local: Tensor | float = 0.0,
-    *,
-    rho: float = 0.15,
-    nu: float,
+    x: Tensor, x_tilde: Tensor, m_global: Tensor, m_local: Tensor, *, nu: float, rho: float = 0.15
 ) -> Tensor:
     """l_rec = rho |x - x~|_1 + (1 - rho) (1 - (nu m_G + (1 - nu) m_L)).   [P:(11)]
 
@@ -63,8 +51,7 @@ def reconstruction_error(
     nu = 1, the local one with nu = 0.
 
     x, x_tilde:        (B, 3, S, S) in [0, 1].
-    m_global, m_local: (B,) MS-SSIM of the two.
-    returns:           (B,).
+    m_global, m_local: (B,) MS-SSIM of the two.   returns: (B,).
     """
     mae = (x - x_tilde).abs().mean(dim=(1, 2, 3))
     return rho * mae + (1 - rho) * (1 - (nu * m_global + (1 - nu) * m_local))
@@ -79,45 +66,6 @@ def anomaly_likelihood(z: Tensor, mu: Tensor, sigma2: Tensor | float) -> Tensor:
     return -torch.expm1(-(z - mu).square().sum(dim=1) / sigma2)
 
 
-def gaussian(batches: Iterable[Tensor], kappa: float) -> tuple[Tensor, Tensor]:
-    """mu = 1/N sum_i z_i and sigma^2 = kappa/N sum_i |z_i - mu|^2.   [P:§3.3]
-
-    batches: of z (B, Z), summed in float64: one pass.
-    kappa:   in (0, 1].
-    returns: mu (Z,) and sigma2 (), float32; sigma2 is at least 1e-6, for equal z.
-    """
-    count, total, square = 0, torch.zeros(()), torch.zeros(())
-    for z in batches:
-        z = z.double()
-        if count == 0:
-            shift = z.mean(dim=0)  # against cancellation
-        count += len(z)
-        total = total + (z - shift).sum(dim=0)
-        square = square + (z - shift).square().sum()
-    mean = total / count
-    sigma2 = kappa * (square / count - mean.square().sum())
-    return (shift + mean).float(), sigma2.float().clamp(min=1e-6)
-
-
-def interpolate(z: Tensor, alpha: Tensor) -> Tensor:
-    """z_alpha = alpha z + (1 - alpha) z', z' the batch in reverse.   [I:interpolation]
-
-    z: (B, Z).   alpha: (B,) in [0, 0.5].
-    """
-    return alpha[:, None] * z + (1 - alpha)[:, None] * z.flip(0)
-
-
-def critic_loss(of_mixture: Tensor, alpha: Tensor, of_blend: Tensor) -> Tensor:
-    """E (d(g(z_alpha)) - alpha)^2 + E d(gamma x + (1 - gamma) x~)^2: tell how mixed.   [I:critic]
-
-    of_mixture, alpha, of_blend: (B,).   returns: scalar.
-    """
-    return (of_mixture - alpha).square().mean() + of_blend.square().mean()
-
-
-# --- patches of an image -------------------------------------------------------------------------
-
-
 def unfold(x: Tensor, stride: int) -> Tensor:
     """All 32 px patches, row by row: (B, C, S, S) -> (B L, C, 32, 32).   [P:§4.2]"""
     patches = x.unfold(2, PATCH, stride).unfold(3, PATCH, stride)  # (B, C, rows, columns, 32, 32)
@@ -127,15 +75,11 @@ def unfold(x: Tensor, stride: int) -> Tensor:
 def fold(patches: Tensor, size: int, stride: int) -> Tensor:
     """Maps that are the mean of the patches over each pixel.
 
-    patches: (B, L, 32, 32), or (B, L, 1, 1) for one value a patch.
-    returns: (B, S, S).
+    patches: (B, L, 32, 32), or (B, L, 1, 1) for one value a patch.   returns: (B, S, S).
     """
     columns = patches.expand(-1, -1, PATCH, PATCH).flatten(2).mT  # (B, 1024, L)
     total = F.fold(columns, size, PATCH, stride=stride)
     return (total / F.fold(torch.ones_like(columns[:1]), size, PATCH, stride=stride))[:, 0]
-
-
-# --- training and scoring ------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -173,101 +117,55 @@ class IGD:
     def __post_init__(self, backbone: ResNet18, local: ResNet18 | None) -> None:
         self._check(local is not None)
         self.device = backbone.conv1.weight.device
-        sizes = {"global": self.image_size, "local": PATCH}
+        self.pixels = CPU_PIXELS if self.device.type == "cpu" else GPU_PIXELS
         self.models: dict[str, AutoEncoder] = {}
-        for i, (name, network) in enumerate((("global", backbone), ("local", local))):
+        given = ("global", backbone, self.image_size), ("local", local, PATCH)
+        for i, (name, network, size) in enumerate(given):
             if network is not None:
-                start = generator(self.seed, 20, i)
-                model = AutoEncoder(network, sizes[name], self.width, start).to(self.device)
-                channels_last(model.eval())
-                self.models[name] = model
-        self.log: dict[str, list[dict[str, float]]] = {name: [] for name in self.models}
+                model = AutoEncoder(network, size, self.width, seeded(self.seed, 20, i))
+                self.models[name] = model.to(self.device).eval()
 
     def _check(self, local: bool) -> None:
-        if self.image_size < PATCH or (self.image_size - PATCH) % self.stride:
-            raise ValueError(
-                f"image_size must be {PATCH} plus a multiple of stride={self.stride}, "
-                f"got {self.image_size}"
-            )
-        if local and self.image_size < 2 * PATCH:
-            raise ValueError(f"a local model needs image_size >= 64, got {self.image_size}")
-        if self.heat_map not in ("patch", "residual"):
-            raise ValueError(f"heat_map must be 'patch' or 'residual', got {self.heat_map!r}")
-        for name in ("rho", "kappa", "gamma", "xi_global", "xi_local", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("kappa", "lr", "encoder_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.sigma2_least < math.inf:
-            raise ValueError(f"sigma2_least must be 0 or above, got {self.sigma2_least}")
-        least = {"epochs": 1, "local_epochs": 1, "batch_size": 2, "patches": 2}
-        least |= {"stride": 1, "width": 1, "interval": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be {lowest} or above, got {getattr(self, name)}")
-
-    # training
-
-    def loss_terms(
-        self, name: str, judge: nn.Module, x: Tensor, alpha: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """l_rec + l_h + 0.1 E d(g(z_alpha))^2, the loss of an auto-encoder.   [P:§3.3 P:(12)]
-
-        name:    "global" or "local".
-        judge:   the critic d.
-        x:       (B, 3, S, S) images or patches.
-        alpha:   (B,) coefficients, U(0, 0.5).
-        returns: name -> scalar, whose sum is the loss; x~ and g(z_alpha), detached.
-        """
-        model = self.models[name]
-        with autocast(x.device):
-            z = model.encode(x)
-            decoded = model.decode(torch.cat([z, interpolate(z, alpha)]))
-            x_tilde, mixture = decoded.chunk(2)
-            of_mixture = judge(mixture)
-        terms = {
-            "rec": self.error(name, x, x_tilde.float()).mean(),
-            "h": anomaly_likelihood(z.float(), model.mu, model.sigma2).mean(),
-            "critic": self.critic_weight * of_mixture.float().square().mean(),
-        }
-        return terms, x_tilde.detach(), mixture.detach()
+        given, least = self.settings(), PATCH * (1 + local)
+        shares = "rho kappa gamma xi_global xi_local warmup".split()
+        positive = "kappa lr encoder_lr epochs local_epochs stride width interval".split()
+        wrong = [name for name in shares if not 0 <= given[name] <= 1]
+        wrong += [name for name in positive if not 0 < given[name] < math.inf]
+        wrong += [name for name in ("batch_size", "patches") if given[name] < 2]
+        wrong += ["sigma2_least"] * (not self.sigma2_least >= 0)
+        wrong += ["heat_map"] * (self.heat_map not in ("patch", "residual"))
+        if wrong:
+            got = ", ".join(f"{name}={given[name]!r}" for name in wrong)
+            raise ValueError(f"impossible for IGD: got {got}")
+        if self.image_size < least or (self.image_size - PATCH) % self.stride:
+            rule = f"{PATCH} plus a multiple of stride={self.stride}, {least} or more"
+            raise ValueError(f"image_size must be {rule}, got {self.image_size}")
 
     def error(self, name: str, x: Tensor, x_tilde: Tensor) -> Tensor:
-        """Eq. 11 for one of the two models: (B,)."""
+        """Eq. 11 for one of the two models, "global" or "local": (B,)."""
         m = ms_ssim(x, x_tilde, **setting(x.shape[-1]))
-        m_global, m_local = (m, 0.0) if name == "global" else (0.0, m)
         nu = float(name == "global")
-        return reconstruction_error(x, x_tilde, m_global, m_local, rho=self.rho, nu=nu)
+        return reconstruction_error(x, x_tilde, m, m, rho=self.rho, nu=nu)
 
-    def fit(
-        self,
-        images: ArrayLike | Tensor,
-        *,
-        checkpoint: str | Path | None = None,
-        save_every: float = 60.0,
-    ) -> IGD:
+    def fit(self, images: ArrayLike | Tensor, *, track: Track = iter) -> IGD:
         """Train the global model on the images, then the local one on their patches.
 
-        Each step's draws come from (seed, step): a fit that was stopped and started again with the
-        same checkpoint ends with the same weights, bit for bit.
-
-        images:     (N, 3, S, S), N >= 2, uint8 (a memory-map is read batch by batch) or in [0, 1].
-        checkpoint: file to go on from and to save to; the local model's gets "_local" in its name.
-        save_every: seconds between checkpoints.
-        raises:     FloatingPointError when a loss is not finite; the last good checkpoint stays.
+        images: (N, 3, S, S), N >= 2, uint8 (a memory-map is read batch by batch) or in [0, 1].
+        track:  wraps the iterable of a model's steps, to show progress: tqdm, for instance.
+        raises: ValueError for other images, FloatingPointError when a loss is not finite.
         """
-        images = self._checked(images)
+        for training in self.trainings(images):
+            for _ in track(range(training.total)):
+                training.update(training.losses())
+        return self
+
+    def trainings(self, images: ArrayLike | Tensor) -> Iterator[Training]:
+        """The training of each model, for a caller who keeps checkpoints; `images` as in `fit`."""
+        images = self._array_of_images(images)
         if len(images) < 2:
             raise ValueError(f"IGD needs N >= 2 training images, got N={len(images)}")
         for name in self.models:
-            path = None if checkpoint is None else Path(checkpoint)
-            if path is not None and name == "local":
-                path = path.with_stem(f"{path.stem}_local")
-            Training(self, name, images, path).run(save_every)
-        return self
-
-    # scoring
+            yield Training(self, name, images)
 
     @torch.no_grad()
     def score(self, images: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
@@ -279,12 +177,12 @@ class IGD:
         returns: maps (B, S, S) and scores (B,), float32.
         raises:  ValueError before fit, or for another shape.
         """
-        images = self._checked(images)
+        images = self._array_of_images(images)
         if any(model.sigma2.isnan() for model in self.models.values()):
             raise ValueError("IGD has to be fitted or loaded before it scores")
         maps = torch.empty(len(images), *images.shape[2:], device=self.device)
         scores = torch.empty(len(images), device=self.device)
-        step = self._at_once(self.image_size)
+        step = max(1, self.pixels // self.image_size**2)
         for k in range(0, len(images), step):
             x = to_unit(images[k : k + step], self.device)
             parts = [self._score(name, x) for name in self.models]
@@ -294,19 +192,17 @@ class IGD:
 
     def _score(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (B, S, S) and scores (B,) of one of the models."""
-        b, size = len(x), x.shape[-1]
-        y = x if name == "global" else unfold(x, self.stride)  # (B, ...) or (B L, 3, 32, 32)
-        xi = self.xi_global if name == "global" else self.xi_local
-        z, y_tilde = self._pass(name, y)
+        b, size, whole = len(x), x.shape[-1], name == "global"
+        y = x if whole else unfold(x, self.stride)  # (B, 3, S, S) or (B L, 3, 32, 32)
+        z, y_tilde = self._encode_decode(name, y)
         h = anomaly_likelihood(z, self.models[name].mu, self.models[name].sigma2)
-        s = anomaly_score(self.error(name, y, y_tilde), h, xi=xi)
+        xi = self.xi_global if whole else self.xi_local
+        s = anomaly_score(self.error(name, y, y_tilde), h, xi=xi)  # (B,) or (B L,)
         scores = s.view(b, -1).amax(dim=1)
         if self.heat_map == "residual":
             r = residual_map(y, y_tilde, **setting(y.shape[-1]), rho=self.rho)
-            return (
-                r if name == "global" else fold(r.unflatten(0, (b, -1)), size, self.stride)
-            ), scores
-        if name == "global":  # eq. 10 of each patch x_w, with the xi of patches
+            return (r if whole else fold(r.unflatten(0, (b, -1)), size, self.stride)), scores
+        if whole:  # eq. 10 of each patch, with the xi of patches
             rec = self.error(name, unfold(x, self.stride), unfold(y_tilde, self.stride))
             s = anomaly_score(rec.view(b, -1), h[:, None], xi=self.xi_local)  # (B, L)
         return fold(s.view(b, -1, 1, 1), size, self.stride), scores
@@ -314,46 +210,36 @@ class IGD:
     @torch.no_grad()
     def reconstruct(self, images: ArrayLike | Tensor) -> Tensor:
         """x~ of the global model: (B, 3, S, S) in [0, 1]."""
-        return self._pass("global", to_unit(self._checked(images), self.device))[1]
+        return self._encode_decode("global", to_unit(self._array_of_images(images), self.device))[1]
 
-    def _pass(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, Z) and x~ (B, 3, S, S), as many at once as memory likes."""
+    def _encode_decode(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, Z) and x~ (B, 3, S, S), in batches that fit in memory."""
         model, z, x_tilde = self.models[name], [], []
-        for part in x.split(self._at_once(x.shape[-1])):
+        for part in x.split(max(1, self.pixels // x.shape[-1] ** 2)):
             z.append(model.encode(part))
             x_tilde.append(model.decode(z[-1]).contiguous())
         return torch.cat(z), torch.cat(x_tilde)
 
-    def _at_once(self, size: int) -> int:
-        pixels = CPU_PIXELS if self.device.type == "cpu" else GPU_PIXELS
-        return max(1, pixels // size**2)
-
-    def _checked(self, images: ArrayLike | Tensor) -> np.ndarray:
-        images = images.cpu().numpy() if isinstance(images, Tensor) else np.asanyarray(images)
-        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
-            s = self.image_size
+    def _array_of_images(self, images: ArrayLike | Tensor) -> np.ndarray:
+        """The images as an array of the shape that fits; a memory-map stays one."""
+        s = self.image_size
+        images = np.asanyarray(images.cpu() if isinstance(images, Tensor) else images)
+        if images.shape[1:] != (3, s, s):
             raise ValueError(f"images must be (N, 3, {s}, {s}), got {tuple(images.shape)}")
         return images
 
-    # files
-
     def settings(self) -> dict[str, Any]:
         """Every argument but the networks."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "_"}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save(self, path: str | Path) -> None:
-        """One file that holds everything; it appears when it is complete."""
+        """Write one file that holds everything, the networks too; `of` reads what it holds."""
         models = {name: model.state_dict() for name, model in self.models.items()}
-        save_atomically({"kind": "igd", "settings": self.settings(), "models": models}, Path(path))
+        torch.save({"kind": "igd", "settings": self.settings(), "models": models}, path)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> IGD:
-        """What `save` wrote, on a device.   raises: ValueError if the file is another's."""
-        return cls.of(read_state(path, device, "igd"), device)
-
-    @classmethod
-    def of(cls, state: dict[str, Any], device: torch.device | str) -> IGD:
-        """The detector of what `save` wrote."""
+    def of(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> IGD:
+        """The detector whose `save` wrote this state: torch.load(path, weights_only=True)."""
         local = ResNet18().to(device) if "local" in state["models"] else None
         detector = cls(ResNet18().to(device), local, **state["settings"])
         for name, model in detector.models.items():
@@ -361,34 +247,34 @@ class IGD:
         return detector
 
 
-def read_state(path: str | Path, device: torch.device | str, kind: str = "") -> dict[str, Any]:
-    """What a detector's file holds.
-
-    raises: OSError if it cannot be opened, ValueError if it is no detector, or of another kind.
-    """
-    state = read_saved(path, "detector", device)
-    if not isinstance(state, dict) or "kind" not in state:
-        raise ValueError(f"{path}: not a detector file")
-    if kind and state["kind"] != kind:
-        raise ValueError(f"{path}: holds a detector of kind {state['kind']!r}, not {kind!r}")
-    return state
-
-
 class Training:
-    """The training of one of IGD's two models: Adam, with a polynomial decay.   [I:code]"""
+    """The training of one of the two models: Adam, with a polynomial decay.   [I:code]
 
-    def __init__(self, igd: IGD, name: str, images: np.ndarray, path: Path | None) -> None:
-        self.igd, self.name, self.images, self.path = igd, name, images, path
-        self.model = igd.models[name]
-        size, start = (igd.image_size if name == "global" else PATCH), generator(igd.seed, 21)
-        self.judge = channels_last(critic(size, igd.width, start).to(igd.device))
-        self.places = (igd.image_size - PATCH) // igd.stride + 1  # of patches, a side
-        self.count = len(images) * (1 if name == "global" else self.places**2)
-        self.batch = min(igd.batch_size if name == "global" else igd.patches, self.count)
-        self.steps = self.count // self.batch  # an epoch; the last partial batch is left out
-        self.epochs = igd.epochs if name == "global" else igd.local_epochs
+    A step's draws come from (seed, purpose, step): a training that goes on from a `state_dict` ends
+    with the same weights as one that was not stopped, bit for bit.
+
+    igd:   the detector, whose model is trained in place.
+    which: "global" or "local".
+    data:  (N, 3, S, S) images, for either model.
+    """
+
+    rate_option = "--igd-lr"  # lower it where a loss is not finite
+
+    def __init__(self, igd: IGD, which: str, data: np.ndarray) -> None:
+        self.igd, self.which, self.data, self.device = igd, which, data, igd.device
+        self.name, self.model = f"IGD {which}", igd.models[which]
+        whole = which == "global"
+        size, start = (igd.image_size if whole else PATCH), seeded(igd.seed, 21)
+        self.critic = critic(size, igd.width, start).to(igd.device)
+        windows = np.lib.stride_tricks.sliding_window_view(data, (PATCH, PATCH), (2, 3))
+        self.windows = windows[:, :, :: igd.stride, :: igd.stride]  # (N, 3, rows, columns, 32, 32)
+        self.places = len(data), *self.windows.shape[2:4]  # of patches: image, row, column
+        self.count = len(data) if whole else math.prod(self.places)
+        self.images = min(igd.batch_size if whole else igd.patches, self.count)  # of a step
+        self.steps = self.count // self.images  # an epoch; the last partial batch is left out
+        self.epochs = igd.epochs if whole else igd.local_epochs
         self.total = self.steps * self.epochs
-        self.warmup = round(igd.warmup * igd.epochs) if name == "global" else 0  # epochs
+        self.warmup = round(igd.warmup * igd.epochs) if whole else 0  # epochs without eq. 12
 
         def adam(network: nn.Module, lr: float, decay: float = 1e-6) -> torch.optim.Adam:
             weights = [{"params": list(network.parameters()), "initial_lr": lr}]
@@ -397,139 +283,118 @@ class Training:
         self.optimisers = {
             "encoder": adam(self.model.backbone, igd.encoder_lr),
             "model": adam(nn.ModuleList([self.model.linear, self.model.decoder]), igd.lr),
-            "judge": adam(self.judge, igd.lr, decay=0.0),
+            "critic": adam(self.critic, igd.lr, decay=0.0),
         }
-        self.step_done, self.sums, self.log = 0, dict[str, float](), igd.log[name]
+        self.step_done, self._order = 0, (-1, np.empty(0))
 
-    def run(self, save_every: float) -> None:
-        """All steps, from the checkpoint on if there is one."""
-        if self.path is not None and self.path.exists():
-            self.load(self.path)
-        meter = Meter(self.step_done, self.total, self.batch, self.igd.device)
-        saved = time.monotonic()
-        while self.step_done < self.total:
-            epoch, position = divmod(self.step_done, self.steps)
-            since = epoch - self.warmup  # epochs with eq. 12
-            if position == 0 and (epoch == 0 or (since >= 0 and since % self.igd.interval == 0)):
-                self.estimate()
-            means = self.step(epoch, position)
-            last = position + 1 == self.steps
-            where = f"IGD {self.name} epoch {epoch + 1}/{self.epochs}"
-            meter.show(self.step_done, where, means, last=last)
-            if last:
-                self.log.append({"epoch": epoch + 1, **means, "images_per_second": meter.rate})
-                self.sums = {}
-            due = self.step_done == self.total or time.monotonic() - saved > save_every
-            if due and self.path is not None:
-                self.save(self.path)
-                saved = time.monotonic()
-        self.model.eval()
-        if self.warmup == self.epochs:  # eq. 12 never joined
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step, lr (1 - t / T)^0.9 after t of T.   [I:code]"""
+        return (1 - self.step_done / self.total) ** 0.9 * self.igd.lr
+
+    def losses(self) -> dict[str, Tensor]:
+        """l_rec + l_h + 0.1 E d(g(z_alpha))^2 of the next batch, and the critic's loss.   [P:§3.3]
+
+        The auto-encoder's terms have no gradient for the critic, and the critic's loss none for the
+        auto-encoder. l_h has none at all before eq. 12 joins: z that it gathers before the decoder
+        reads it stays one point, and x~ one image.
+
+        returns: "rec", "h", "critic" and "critic_loss" -> scalar.
+        """
+        igd, (epoch, position) = self.igd, divmod(self.step_done, self.steps)
+        joined = epoch - self.warmup  # epochs with eq. 12
+        if position == 0 and (epoch == 0 or (joined >= 0 and joined % igd.interval == 0)):
             self.estimate()
+        self.model.train()
+        # train eq. 12 on the z used for scoring: averages of small batches put some of them far out
+        self.model.backbone.train(joined < 0)
+        x = self.take(self.order(epoch)[position * self.images : (position + 1) * self.images])
+        draws = seeded(igd.seed, 22, self.step_done)
+        alpha = (0.5 * torch.rand(len(x), generator=draws)).to(x.device)  # (B,)
 
-    def step(self, epoch: int, position: int) -> dict[str, float]:
-        """One of the auto-encoder and one of the critic; the epoch's mean terms so far."""
-        igd, decay = self.igd, (1 - self.step_done / self.total) ** 0.9
+        self.critic.requires_grad_(False)
+        with autocast(x.device):
+            z = self.model.encode(x)
+            x_tilde, mixture = self.model.decode(torch.cat([z, interpolate(z, alpha)])).chunk(2)
+            fooled = self.critic(mixture)
+        self.critic.requires_grad_(True)
+        h = anomaly_likelihood(z.float(), self.model.mu, self.model.sigma2).mean()
+        blend = igd.gamma * x + (1 - igd.gamma) * x_tilde.detach()
+        with autocast(x.device):
+            of_mixture, of_blend = self.critic(torch.cat([mixture.detach(), blend])).chunk(2)
+        return {
+            "rec": igd.error(self.which, x, x_tilde.float()).mean(),
+            "h": h if joined >= 0 else h.detach(),
+            "critic": igd.critic_weight * fooled.float().square().mean(),
+            "critic_loss": critic_loss(of_mixture.float(), alpha, of_blend.float()),
+        }
+
+    def update(self, terms: dict[str, Tensor]) -> None:
+        """One step of the auto-encoder and one of the critic on the terms that `losses` gave.
+
+        raises: FloatingPointError, before a weight is touched, if a term is not finite.
+        """
+        loss = torch.stack(list(terms.values())).sum()
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"{self.name}: loss {loss:g} in step {self.step_done}; lower lr"
+            )
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
-                group["lr"] = decay * group["initial_lr"]
-        self.model.train()
-        # eq. 12 shall gather the z that score: averages of small batches leave some of them far out
-        self.model.backbone.train(epoch < self.warmup)
-        draws = generator(igd.seed, 22, self.step_done)
-        x = self.take(self.order(epoch)[position * self.batch : (position + 1) * self.batch])
-        alpha = (0.5 * torch.rand(len(x), generator=draws)).to(x.device)  # (B,)
-
-        self.judge.requires_grad_(False)
-        terms, x_tilde, mixture = igd.loss_terms(self.name, self.judge, x, alpha)
-        # z that eq. 12 gathers before the decoder reads it stays one point, and x~ one image
-        used = [term for key, term in terms.items() if key != "h" or epoch >= self.warmup]
-        torch.stack(used).sum().backward()
-        self.judge.requires_grad_(True)
-        blend = igd.gamma * x + (1 - igd.gamma) * x_tilde
-        with autocast(x.device):
-            of_mixture, of_blend = self.judge(torch.cat([mixture, blend])).chunk(2)
-        terms["judge"] = critic_loss(of_mixture.float(), alpha, of_blend.float())
-        terms["judge"].backward()
-
-        for name, term in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(term.detach())
-        if not all(map(math.isfinite, self.sums.values())):
-            raise FloatingPointError(
-                f"IGD {self.name}: the loss is not finite at epoch {epoch + 1}, step "
-                f"{position + 1} ({', '.join(f'{k} {v:.3g}' for k, v in self.sums.items())}); "
-                f"lower lr={igd.lr:g}. {self._kept()}"
-            )
+                group["lr"] = group["initial_lr"] * self.rate / self.igd.lr
+        loss.backward()
         for optimiser in self.optimisers.values():
             optimiser.step()
         self.step_done += 1
-        means = {name: value / (position + 1) for name, value in self.sums.items()}
-        return means | {"lr": decay * igd.lr}
+        if self.step_done == self.total:
+            self.model.eval()
+            if self.warmup == self.epochs:  # eq. 12 never joined
+                self.estimate()
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The images, or all patches of all images, in an epoch's order."""
-        return epoch_order(self.count, self.igd.seed, 23, epoch)
+    def end_epoch(self) -> dict[str, float]:
+        """More columns of the epoch's row of the log: none."""
+        return {}
 
-    def take(self, ids: np.ndarray) -> Tensor:
-        """Images, or patches: number i is place i mod L of image i div L."""
-        ids = np.sort(ids)  # neighbours in the memory-map together
-        if self.name == "global":
-            return to_unit(self.images[ids], self.igd.device)
-        image, place = np.divmod(ids, self.places**2)
-        corner = self.igd.stride * np.stack(np.divmod(place, self.places))  # (2, B): y, x
-        rows, columns = corner[:, :, None] + np.arange(PATCH)  # (B, 32) each
-        at = image[:, None, None, None], np.arange(3)[:, None, None]
-        patches = self.images[*at, rows[:, None, :, None], columns[:, None, None, :]]
-        return to_unit(patches, self.igd.device)
-
-    @torch.no_grad()
-    def estimate(self) -> None:
-        """mu and sigma^2 over all training images or patches.   [P!§3.3 R21]
-
-        Scores have the last ones that eq. 12 was trained with, as in IGD's code.
-
-        Eq. 12 pulls z together, so sigma^2 shrinks from one estimate to the next; a step of Adam
-        then moves z by many sigma, and 1 - exp(.) saturates at 1, without a gradient. Hence a
-        least value, as in IGD's code.
-        """
-        self.model.backbone.eval()
-        batches = np.array_split(self.order(0), self.steps)
-        mu, sigma2 = gaussian((self.model.encode(self.take(b)) for b in batches), self.igd.kappa)
-        self.model.mu.copy_(mu)
-        self.model.sigma2.copy_(sigma2.clamp(min=self.igd.sigma2_least))
-
-    def _kept(self) -> str:
-        kept = self.path is not None and self.path.exists()
-        return f"The last good state is kept in {self.path}" if kept else "No state was saved yet"
-
-    def save(self, path: Path) -> None:
-        """raises: FloatingPointError, with the old file kept, if a weight is not finite."""
-        networks = {"model": self.model, "judge": self.judge}
-        if not all(p.isfinite().all() for n in networks.values() for p in n.parameters()):
-            raise FloatingPointError(
-                f"IGD {self.name}: a weight is not finite after step {self.step_done}; "
-                f"lower lr={self.igd.lr:g}. {self._kept()}"
-            )
-        state = {
-            "settings": self.igd.settings() | {"images": len(self.images)},
+    def state_dict(self) -> dict[str, Any]:
+        """All that a training of the same images and settings needs to go on."""
+        return {
+            "settings": self.igd.settings() | {"images": len(self.data)},
             "step": self.step_done,
-            "sums": self.sums,
-            "log": self.log,
-            **{name: network.state_dict() for name, network in networks.items()},
+            "model": self.model.state_dict(),
+            "critic": self.critic.state_dict(),
             "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
         }
-        save_atomically(state, path)
 
-    def load(self, path: Path) -> None:
-        state = read_saved(path, "checkpoint", self.igd.device)
-        want = self.igd.settings() | {"images": len(self.images)}
-        changed = [k for k in want if state["settings"].get(k) != want[k]]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """raises: ValueError if the state is of other settings or of another number of images."""
+        settings = self.igd.settings() | {"images": len(self.data)}
+        changed = [name for name in settings if state["settings"].get(name) != settings[name]]
         if changed:
-            raise ValueError(f"{path}: of a run with another {', '.join(changed)}; move it away")
+            raise ValueError(f"of a run with another {', '.join(changed)}; move it away")
         self.model.load_state_dict(state["model"])
-        self.judge.load_state_dict(state["judge"])
+        self.critic.load_state_dict(state["critic"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
-        self.step_done, self.sums = state["step"], state["sums"]
-        self.log[:] = state["log"]
+        self.step_done = state["step"]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The images, or all patches of all images, in an epoch's order; the last one is kept."""
+        if self._order[0] != epoch:
+            generator = np.random.default_rng((self.igd.seed, 23, epoch))
+            self._order = epoch, generator.permutation(self.count)
+        return self._order[1]
+
+    def take(self, ids: np.ndarray) -> Tensor:
+        """The images (B, 3, S, S), or patches (B, 3, 32, 32) counted image by image, row by row."""
+        ids = np.sort(ids)  # neighbours in the memory-map together
+        if self.which == "global":
+            return to_unit(self.data[ids], self.device)
+        image, row, column = np.unravel_index(ids, self.places)
+        return to_unit(self.windows[image, :, row, column], self.device)
+
+    def estimate(self) -> None:
+        """mu and sigma^2 of all training images or patches; the last ones score.   [P!§3.3 R21]"""
+        self.model.backbone.eval()
+        batches = np.array_split(self.order(0), self.steps)
+        self.model.estimate(map(self.take, batches), self.igd.kappa, self.igd.sigma2_least)

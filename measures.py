@@ -1,9 +1,8 @@
 """The paper's measures: AUROC, specificity and its kin, IoU, Dice, Pro-score.   [P:§4.3]
 
 A larger score is more abnormal, and "abnormal" always means score >= threshold, for images and for
-pixels.
-
-Not here: which images set the thresholds and which are measured (eval.py).
+pixels. Every measure takes arrays and tensors alike, and needs NumPy alone. Not here: which images
+set the thresholds and which are measured (eval.py).
 
 Sizes: N images, S pixels a side, P abnormal pixels, K lesions (8-connected regions), T thresholds.
 """
@@ -14,11 +13,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Values = Any  # an array, a tensor of any device, or a list
 FPR_LIMIT = 0.3  # where the Pro-score's integral ends                    [P!§4.3 R10]
 LEVELS = 2**14  # thresholds tried for the best mean Dice                 [P!§4.3 R9]
+
+
+def _array(values: Any) -> Array:
+    """An array as it is (a memory-map is not read), or what a tensor or list holds."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array, Array]:
@@ -39,7 +44,7 @@ def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array
     return above, reached
 
 
-def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
+def auroc(scores: Values, labels: Values) -> float:
     """P(s+ > s-) + 1/2 P(s+ = s-), the area under the ROC curve (ties by midrank).   [P:§4.3]
 
     scores:  any shape, of images or of pixels.
@@ -47,16 +52,16 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     returns: the exact ratio of pairs, rounded once.
     raises:  ValueError if a class is absent or a score is NaN.
     """
-    s, y = _checked(scores, labels)
+    s, y = _both_classes(scores, labels)
     positive = np.sort(s[y])
     above, reached = _negatives_above(positive, [s[~y]])
     pairs = 2 * len(positive) * (s.size - len(positive))
     return (pairs - int(above.sum()) - int(reached.sum())) / pairs
 
 
-def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    """Scores and labels as flat arrays, after the checks that every measure needs."""
-    s, y = np.asarray(scores).ravel(), np.asarray(labels).ravel().astype(bool)
+def _both_classes(scores: Values, labels: Values) -> tuple[Array, Array]:
+    """Scores and labels as flat arrays; raises unless both classes are there and none is NaN."""
+    s, y = _array(scores).ravel(), _array(labels).ravel().astype(bool)
     if s.shape != y.shape:
         raise ValueError(f"{s.size} scores for {y.size} labels; there must be one for each")
     if not 0 < (positives := int(y.sum())) < y.size:
@@ -69,28 +74,28 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     return s, y
 
 
-def confusion(scores: ArrayLike, labels: ArrayLike, threshold: float) -> dict[str, float]:
+def confusion(scores: Values, labels: Values, threshold: float) -> dict[str, float]:
     """Specificity, sensitivity and accuracy of "abnormal if score >= threshold".   [P:§4.3]
 
-    returns: fractions of the normal, of the abnormal and of all cases that are judged rightly.
+    returns: the fraction judged correctly of the normal, of the abnormal and of all cases.
     raises:  ValueError if a class is absent or a score is NaN.
     """
-    s, y = _checked(scores, labels)
-    right = (s >= threshold) == y
+    s, y = _both_classes(scores, labels)
+    correct = (s >= threshold) == y
     return {
-        "specificity": float(right[~y].mean()),
-        "sensitivity": float(right[y].mean()),
-        "accuracy": float(right.mean()),
+        "specificity": float(correct[~y].mean()),
+        "sensitivity": float(correct[y].mean()),
+        "accuracy": float(correct.mean()),
     }
 
 
-def youden_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
+def youden_threshold(scores: Values, labels: Values) -> float:
     """argmax_t J(t) = sensitivity(t) + specificity(t) - 1.   [P!§4.3 R8]
 
     returns: one of the scores; of several with the same J the highest (fewest false alarms).
     raises:  ValueError if a class is absent or a score is NaN.
     """
-    s, y = _checked(scores, labels)
+    s, y = _both_classes(scores, labels)
     t = np.unique(s)[::-1]  # (T,) from strict to lax
     hits = y.sum() - np.searchsorted(np.sort(s[y]), t, "left")
     alarms = (~y).sum() - np.searchsorted(np.sort(s[~y]), t, "left")
@@ -98,35 +103,36 @@ def youden_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
     return float(t[j.argmax()])
 
 
-def iou(pred: ArrayLike, mask: ArrayLike) -> Array:
+def iou(pred: Values, mask: Values) -> Array:
     """|P and M| / |P or M| of each image, 1 where both are empty.   [P:§4.3]
 
     pred, mask: (..., S, S) bool.
     returns:    (...) float64.
     """
-    p, m = np.asarray(pred, bool), np.asarray(mask, bool)
+    p, m = _array(pred).astype(bool), _array(mask).astype(bool)
     union = (p | m).sum((-2, -1))
     return np.where(union > 0, (p & m).sum((-2, -1)) / np.maximum(union, 1), 1.0)
 
 
-def dice(pred: ArrayLike, mask: ArrayLike) -> Array:
+def dice(pred: Values, mask: Values) -> Array:
     """2 |P and M| / (|P| + |M|) of each image, 1 where both are empty.   [P:§4.3]
 
     pred, mask: (..., S, S) bool.
     returns:    (...) float64.
     """
-    p, m = np.asarray(pred, bool), np.asarray(mask, bool)
+    p, m = _array(pred).astype(bool), _array(mask).astype(bool)
     total = p.sum((-2, -1)) + m.sum((-2, -1))
     return np.where(total > 0, 2 * (p & m).sum((-2, -1)) / np.maximum(total, 1), 1.0)
 
 
-def components(masks: Array) -> tuple[Array, int]:
+def components(masks: Values) -> tuple[Array, int]:
     """The 8-connected regions of each mask: runs of pixels, joined by union-find.   [P!§4.3 R10]
 
     masks:   (N, H, W) bool.
     returns: (P,) the region 0..K-1 of every true pixel in the order of masks.nonzero(), and K;
              regions are numbered over the whole stack in the order of their first pixel.
     """
+    masks = _array(masks)
     n, h, w = masks.shape
     padded = np.zeros((n * h, w + 2), np.int8)
     padded[:, 1:-1] = masks.reshape(n * h, w)
@@ -152,7 +158,7 @@ def components(masks: Array) -> tuple[Array, int]:
     return np.repeat(region, end - start), len(roots)
 
 
-def aupro(maps: Array, masks: Array, fpr_limit: float = FPR_LIMIT) -> float:
+def aupro(maps: Values, masks: Values, fpr_limit: float = FPR_LIMIT) -> float:
     """1/l int_0^l PRO d FPR, PRO(t) = 1/K sum_k |{p in C_k: s_p >= t}| / |C_k|.   [P!§4.3 R10]
 
     Bergmann et al. 2020: the C_k are the 8-connected regions of all masks, FPR(t) the fraction of
@@ -162,13 +168,13 @@ def aupro(maps: Array, masks: Array, fpr_limit: float = FPR_LIMIT) -> float:
     masks:     (N, S, S) bool, all false for a normal image.
     fpr_limit: l, in (0, 1].
     returns:   in [0, 1].
-    raises:    ValueError if there is no lesion or no normal pixel, or a score is NaN.
+    raises:    ValueError if the shapes differ, a lesion or a normal pixel is missing, or for NaN.
     """
     return pixel_measures(maps, masks, np.arange(len(maps)), fpr_limit)[1]
 
 
 def pixel_measures(
-    maps: Array, masks: Array, index: Array, fpr_limit: float = FPR_LIMIT
+    maps: Values, masks: Values, index: Values, fpr_limit: float = FPR_LIMIT
 ) -> tuple[float, float]:
     """Pixel AUROC and AUPRO of the images in `index`, from one sort of their normal pixels.
 
@@ -178,37 +184,39 @@ def pixel_measures(
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
-    block = max(1, 2**26 // max(1, maps[0].size))  # 64 M pixels are sorted at a time
-    blocks = [index[k : k + block] for k in range(0, len(index), block)]
-    found, weights, lesions = [], [], 0
-    for part in blocks:
-        abnormal = [i for i in part if masks[i].any()]
+    maps, masks, index = _array(maps), _array(masks), _array(index)
+    if maps.shape != masks.shape:
+        raise ValueError(f"maps of shape {maps.shape} for masks of shape {masks.shape}")
+    size = max(1, 2**26 // max(1, maps[0].size))  # 64 M pixels are sorted at a time
+    blocks = [index[k : k + size] for k in range(0, len(index), size)]
+    scores, weights, lesions = [], [], 0
+    for block in blocks:
+        abnormal = [i for i in block if masks[i].any()]
         if abnormal:
-            inside = np.asarray(masks[abnormal], bool)
+            inside = masks[abnormal].astype(bool)
             region, k = components(inside)
-            found += [maps[i][m] for i, m in zip(abnormal, inside, strict=True)]
+            scores += [maps[i][m] for i, m in zip(abnormal, inside, strict=True)]
             weights.append(1 / np.bincount(region)[region])
             lesions += k
     if not lesions:
         raise ValueError(f"no lesion in the masks of {len(index)} images")
-    positive, w = np.concatenate(found), np.concatenate(weights)
+    positive, w = np.concatenate(scores), np.concatenate(weights)
     order = np.argsort(positive)
     positive, w = positive[order], w[order]
-    negatives = (np.concatenate([maps[i][~masks[i].astype(bool)] for i in p]) for p in blocks)
+    negatives = (np.concatenate([maps[i][~masks[i].astype(bool)] for i in b]) for b in blocks)
     above, reached = _negatives_above(positive, negatives)
-    total = sum(masks[i].size for i in index) - len(positive)
-    if not total:
+    if not (total := len(index) * maps[0].size - len(positive)):
         raise ValueError(f"no normal pixel in the masks of {len(index)} images")
     area = (2 * len(positive) * total - int(above.sum()) - int(reached.sum())) / 2
     a, b = above / total, reached / total
     cut = np.maximum(fpr_limit - a, 0) ** 2 / np.maximum(2 * (b - a), 1e-300)
     ramp = np.where(b <= fpr_limit, fpr_limit - (a + b) / 2, cut)
     pro = float((w * ramp).sum() / (lesions * fpr_limit))
-    return area / (len(positive) * total), min(pro, 1.0)  # the sum's rounding may pass 1
+    return area / (len(positive) * total), min(pro, 1.0)  # the sum's rounding may exceed 1
 
 
 def dice_threshold(
-    maps: Array, masks: Array, index: Array, levels: int = LEVELS
+    maps: Values, masks: Values, index: Values, levels: int = LEVELS
 ) -> tuple[float, float]:
     """argmax_t mean_i Dice(s_i >= t, M_i) over the images in `index`, and that mean.   [P!§4.3 R9]
 
@@ -216,6 +224,7 @@ def dice_threshold(
     more), at even ranks. Each image is sorted once, and all thresholds are searched in it.
     returns: the threshold (the highest of several) and the mean Dice there.
     """
+    maps, masks, index = _array(maps), _array(masks), _array(index)
     size = maps[0].size
     step = (len(index) * size >> 22) | 1  # 4 M scores suffice to rank by; odd, to meet all columns
     pooled = np.unique(np.concatenate([np.ravel(maps[i])[i % step :: step] for i in index]))
@@ -223,8 +232,7 @@ def dice_threshold(
     t = pooled[ranks][::-1]  # (T,) from strict to lax
     total = np.zeros(len(t))
     for i in index:
-        mask = np.asarray(masks[i], bool)
-        inside = np.sort(maps[i][mask])
+        inside = np.sort(maps[i][masks[i].astype(bool)])
         hits = len(inside) - np.searchsorted(inside, t, "left")
         predicted = size - np.searchsorted(np.sort(maps[i], axis=None), t, "left")
         total += 2 * hits / np.maximum(predicted + len(inside), 1)

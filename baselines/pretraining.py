@@ -9,7 +9,7 @@ Each is pmsacl.py's loop with its own strong set and its own loss, z = f_theta o
     supcon   Khosla et al. 2020     MedMix           supervised contrastive         [SC:(2)]
     ccd      Tian et al. 2021       permutation      NT-Xent + class + position     [CCD:§2]
 
-"Class" is the cross-entropy of eq. 8, "position" that of eq. 9; both are in pmsacl.py. NT-Xent
+"Class" is the cross-entropy of eq. 8, "position" that of eq. 9; both are in losses.py. NT-Xent
 over the views of a strong set takes every strong image for another instance, so that shifted
 copies of an image repel it; over plain images it is SimCLR. It is eq. 5 with alpha = 1 and centres
 at 0, and so runs on eq. 5's kernels. `imagenet` and `random` are start weights without training.
@@ -25,12 +25,14 @@ Sizes: A classes, B images, N = 2 A B views, R of them as queries, Z features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.contrastive import centred_features, contrastive, contrastive_rows
+from kernels.contrastive import contrastive
+from losses import centred_features
 
 # What a method sets unless the user does; temperatures are those of the authors' code, where they
 # differ by data set those for CIFAR-10, whose images are the nearest in size to ours.
@@ -46,6 +48,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"init": "random"},
 }
 UNTRAINED = ("imagenet", "random")
+
+
+def losses_of_other_methods(
+    z: Tensor, n: Tensor, pair: Tensor, *, tau: float, rows: tuple[int, int] | None
+) -> dict[str, Callable[[], Tensor]]:
+    """What --terms may name beside the terms of eq. 1: name -> its loss.   [P:Tab.9]
+
+    z, n, pair, rows: as in losses.contrastive_losses.
+    """
+    return {
+        "con": lambda: nt_xent(z, pair, tau=tau, rows=rows),
+        "sup": lambda: supervised_contrastive(z, n, pair, tau=tau, rows=rows),
+    }
 
 
 def nt_xent(
@@ -94,9 +109,9 @@ def supervised_contrastive(
     returns: scalar.
     """
     one_class, at_zero = torch.zeros_like(pair), z.new_zeros(1, z.shape[1])
-    denominator = contrastive_rows(
+    denominator = contrastive(
         z, one_class, pair, at_zero, tau=tau, alpha=1.0, positive_scale=0.0, backend=backend,
-        rows=rows,
+        rows=rows, reduction="none",
     )  # fmt: skip
     f = centred_features(z.to(denominator.dtype), one_class, at_zero.to(denominator.dtype))
     sums = f.new_zeros(int(n.max()) + 1, f.shape[1]).index_add(0, n, f)  # (A, Z)

@@ -1,8 +1,8 @@
 """Fused operations of the method: `contrastive` (eq. 4-7) and `mahalanobis` (eq. 13).
 
-Each file holds, in this order: the reference, the Triton kernels, autograd, one public function.
-Triton is optional: without it (macOS, Windows) everything runs on the torch path. It is imported
-here once, so that the kernels can be *defined* anywhere and are only compiled where they run.
+Each file holds, in this order: the Triton kernels, autograd, one public function. Triton is
+optional: without it (macOS, Windows) everything runs on the torch path. It is imported here once,
+so that the kernels can be *defined* anywhere and are only compiled where they run.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ __all__ = ["HAS_TRITON", "choose_backend", "tl", "triton"]
 def choose_backend(backend: str, device: torch.device) -> str:
     """auto: "triton" on a GPU where Triton is installed, "torch" everywhere else.
 
-    backend: "auto", "torch" or "triton".
-    device:  of the tensors.
-    returns: "torch" or "triton".
-    raises:  ValueError if the name is unknown or "triton" cannot run here; it says what to do.
+    raises: ValueError if the name is unknown or "triton" cannot run here; it says what to do.
     """
     if backend == "auto":
         return "triton" if HAS_TRITON and device.type == "cuda" else "torch"

@@ -1,34 +1,13 @@
 """The centred contrastive loss, with a temperature for each pair of classes.   [P:(4)]-[P:(7)]
 
+The definition is losses.contrastive_losses, which is also what runs on a CPU. The kernels here
+never store its (R, N) matrix: three launches forward and two backward, in which the tiles are
+computed again from the saved log-sum-exp. No floating-point atomics, so the same bits every time.
+What they should cost on a GPU is in docs/speed.md; no GPU was at hand, so the kernels are checked
+in Triton's interpreter and by compiling them ahead of time.
+
 Sizes: N views (both weak views of every strong image), Z features, A classes, R of the N views
 as queries (all of them in one process, a rank's own under torch.distributed).
-
-Three ways to one number. `contrastive_ref` is the definition and holds the (R, N) matrix. The
-torch path (`tiles.py`) holds one tile of it at a time. The Triton path does the same on a GPU, in
-three launches forward and two backward. Neither path ever stores the matrix: the backward pass
-computes its tiles again from the saved log-sum-exp. No floating-point atomics, so the same bits
-every time.
-
-No GPU was at hand: the kernels are checked in Triton's interpreter and by compiling them ahead of
-time, and what follows is derived on paper, not measured (Z = 128, forward and backward, an H100
-with 3.35 TB/s, 67 TFLOP/s in float32, about 400 in tf32):
-
-    operations  2 N^2 Z forward, 4 N^2 Z backward (s again, then w f). One pass serves both roles
-                of a view since kappa is symmetric; eager needs 2 + 4 as well, and 20 passes over
-                N^2 numbers, 4 N^2 bytes each.
-    bytes       16 N Z for z, f, dz and the partial sums; L2 serves the tiles.
-
-        N        floor float32   floor tf32   bytes of the passes of eager   their floor
-        256      0.8 us          0.1 us       5 MB                           1.6 us
-        4096     0.19 ms         0.03 ms      1.3 GB                         0.40 ms
-        16384    3.1 ms          0.5 ms       21 GB                          6.4 ms
-        65536    49 ms           8.2 ms       344 GB (17 GB at a time)       103 ms
-
-Eager pays products and passes, the kernels pay the products alone, at what `tl.dot` reaches. In
-float32 that bounds the gain over eager to (0.19 + 0.40) / 0.19, three times, at the full float32
-peak, so expect one to two times (and memory linear in N); in tf32 to (0.03 + 0.40) / 0.03, so
-three times needs a quarter of the peak. At N = 256 launches decide, about 5 us each: some 10 of
-ours and 15 of the checks against some 60.
 """
 
 from __future__ import annotations
@@ -38,88 +17,12 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from kernels import choose_backend, tl, triton
-from kernels.tiles import KAPPA_MAX, TILE, Tiled
+from losses import EPS, contrastive_losses, kappas
 
-EPS = 1e-4  # clamp of the norm in eq. 6; eq. 3 drives that norm to zero              [P!(6) R6]
 MAX_Z = 512  # widest feature of the Triton path: a tile of rows must fit a processor
 PROGRAMS = 256  # columns are split until so many programs run, whatever the card: same bits
-
-# ---------------------------------------------------------------------------- reference
-
-
-def scales(tau: float, alpha: float, positive_scale: str | float) -> tuple[float, float, float]:
-    """kappa(n, m) = 1/(alpha tau) if n = m, else 1/tau; and the factor of the positive.  [P:(7)]
-
-    positive_scale: "kappa" 1/(alpha tau), "tau" 1/tau, or a number (0.5 as printed)  [P!(5) R2]
-    returns:        kappa within a class, kappa between classes, the factor of the positive.
-    raises:         ValueError unless tau and alpha are positive and everything is finite.
-    """
-    if not (tau > 0 and alpha > 0 and math.isfinite(1 / tau) and math.isfinite(1 / (alpha * tau))):
-        raise ValueError(f"tau and alpha must be positive and finite, got {tau=} and {alpha=}")
-    same, different = 1 / (alpha * tau), 1 / tau
-    if positive_scale == "kappa":
-        return same, different, same
-    if positive_scale == "tau":
-        return same, different, different
-    if isinstance(positive_scale, str) or not math.isfinite(positive_scale):
-        raise ValueError(
-            f'positive_scale must be "kappa", "tau" or a finite number, got {positive_scale!r}'
-        )
-    return same, different, float(positive_scale)
-
-
-def centred_features(z: Tensor, n: Tensor, c: Tensor) -> Tensor:
-    """f_i = (z_i - c_n(i)) / max(|z_i - c_n(i)|_2, EPS), (N, Z).  [P!(6) R6]"""
-    u = z - c[n]  # (N, Z)
-    return u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(EPS)
-
-
-def _kappa(n_i, n_j, same, different, dtype):
-    """kappa(n_i, n_j) for every pair, (len(n_i), len(n_j)).  [P:(7)]"""
-    kappa = torch.full((len(n_i), len(n_j)), different, dtype=dtype, device=n_i.device)
-    return kappa.masked_fill_(n_i[:, None] == n_j[None, :], same)
-
-
-def _row_losses(f, n, pair, kappa, start, stop):
-    """[P:(5)] for the rows start <= i < stop of f (N, Z): a tensor (stop - start,)."""
-    same, different, positive_scale = kappa
-    f_i, i = f[start:stop], torch.arange(start, stop, device=f.device)
-    s_ij = f_i @ f.T  # (R, N)
-    s_ij = s_ij * _kappa(n[start:stop], n, same, different, f.dtype)
-    itself = i[:, None] == torch.arange(len(f), device=f.device)[None, :]  # (R, N)
-    denominator = s_ij.masked_fill(itself, -math.inf).logsumexp(dim=1)  # (R,)
-    return denominator - positive_scale * (f_i * f[pair[start:stop]]).sum(dim=1)
-
-
-def contrastive_ref(z, n, pair, c, *, tau, alpha, positive_scale="kappa", rows=None):
-    """l_i = log sum_{j != i} exp(kappa(n_i, n_j) f_i.f_j) - s f_i.f_pair(i).  [P:(5)]
-
-    The definition; arguments as `contrastive`, any float dtype, nothing is checked.
-    returns: (R,), one loss per query; eq. 4 is their mean.
-    """
-    start, stop = rows or (0, len(z))
-    kappa = scales(tau, alpha, positive_scale)
-    return _row_losses(centred_features(z, n, c), n, pair, kappa, start, stop)
-
-
-# ---------------------------------------------------------------------------- torch
-
-
-def _torch_losses(z, n, pair, c, kappa, start, stop):
-    """[P:(5)] on the torch path, (R,): in tiles, or in strips of rows for a great kappa."""
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    with torch.autocast(z.device.type, enabled=False):
-        f = centred_features(z.to(dtype), n, c.to(dtype))
-        if max(kappa[:2]) < KAPPA_MAX:
-            return Tiled.apply(f, n, pair, kappa, start, stop)
-        strips = [(a, min(a + TILE, stop)) for a in range(start, stop, TILE)]
-        return torch.cat(
-            [checkpoint(_row_losses, f, n, pair, kappa, *ab, use_reentrant=False) for ab in strips]
-        )
-
 
 # ---------------------------------------------------------------------------- kernels
 
@@ -394,38 +297,6 @@ def _check(z, n, pair, c, rows):
     return start, stop
 
 
-def contrastive_rows(
-    z: Tensor,
-    n: Tensor,
-    pair: Tensor,
-    c: Tensor,
-    *,
-    tau: float,
-    alpha: float,
-    positive_scale: str | float = "kappa",
-    backend: str = "auto",
-    rows: tuple[int, int] | None = None,
-    allow_tf32: bool = False,
-) -> Tensor:
-    """-log exp(s f_i.f_pair(i)) / sum_{j != i} exp(kappa(n_i, n_j) f_i.f_j), per query.  [P:(5)]
-
-    Arguments, `raises:` and precision as `contrastive`.
-    returns: (R,) float32 (float64 for a float64 z).
-    """
-    start, stop = _check(z, n, pair, c, rows)
-    kappa = scales(tau, alpha, positive_scale)
-    if choose_backend(backend, z.device) == "torch":
-        return _torch_losses(z, n, pair, c, kappa, start, stop)
-    if z.dtype not in (torch.float32, torch.float16, torch.bfloat16) or z.shape[1] > MAX_Z:
-        raise ValueError(
-            f"the Triton path takes float32, float16, bfloat16 and Z <= {MAX_Z}, got {z.dtype} and "
-            f'Z={z.shape[1]}: use backend="torch"'
-        )
-    n, pair = n.contiguous(), pair.contiguous()
-    with torch.cuda.device_of(z):  # Triton launches on the current device
-        return _Fused.apply(z, n, pair, c, kappa, start, stop, allow_tf32)
-
-
 def contrastive(
     z: Tensor,
     n: Tensor,
@@ -438,8 +309,9 @@ def contrastive(
     backend: str = "auto",
     rows: tuple[int, int] | None = None,
     allow_tf32: bool = False,
+    reduction: str = "mean",
 ) -> Tensor:
-    """E_i[-log exp(s f_i.f_pair(i)) / sum_{j != i} exp(kappa(n_i, n_j) f_i.f_j)].  [P:(4)]
+    """E_i -log exp(s f_i.f_pair(i)) / sum_{j != i} exp(kappa(n_i, n_j) f_i.f_j).   [P:(4) P:(5)]
 
     z:              (N, Z) features f_theta(x) of the views, N >= 2, any float dtype and strides.
                     A float16 or bfloat16 z keeps f of eq. 6 in its own dtype on a GPU; all sums
@@ -448,16 +320,31 @@ def contrastive(
     pair:           (N,) int64, the other weak view of the same strong image.
     c:              (A, Z) centres of eq. 2; gets a gradient only if it asks for one.
     tau, alpha:     temperature and its factor within a class, both > 0.            [P!(7) R3]
-    positive_scale: s: "kappa", "tau" or a number, see `scales`.                    [P!(5) R2]
+    positive_scale: s: "kappa", "tau" or a number, see losses.kappas.               [P!(5) R2]
     backend:        "auto" (by the device), "torch" or "triton".
     rows:           (start, stop): only these views are queries, all N stay in the denominator.
                     With z gathered over ranks, each rank passes its own rows.
     allow_tf32:     Triton path, float32 z: round products to 10 bits, as fast as 16-bit floats.
-    returns:        scalar, the mean over the queries; float32 (float64 for a float64 z).
+    reduction:      "mean" (eq. 4) or "none" (eq. 5 for each query).
+    returns:        scalar or (R,), float32 (float64 for a float64 z).
     raises:         ValueError for a wrong shape, dtype, device or id, N < 2, a pair that is not
-                    an involution within the class, an unusable backend.
+                    an involution within the class, an unusable backend or reduction.
     """
-    return contrastive_rows(
-        z, n, pair, c, tau=tau, alpha=alpha, positive_scale=positive_scale, backend=backend,
-        rows=rows, allow_tf32=allow_tf32,
-    ).mean()  # fmt: skip
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    start, stop = _check(z, n, pair, c, rows)
+    kappa = kappas(tau, alpha, positive_scale)
+    if choose_backend(backend, z.device) == "torch":
+        losses = contrastive_losses(
+            z, n, pair, c, tau=tau, alpha=alpha, positive_scale=positive_scale, rows=rows
+        )
+    elif z.dtype not in (torch.float32, torch.float16, torch.bfloat16) or z.shape[1] > MAX_Z:
+        raise ValueError(
+            f"the Triton path takes float32, float16, bfloat16 and Z <= {MAX_Z}, got {z.dtype} and "
+            f'Z={z.shape[1]}: use backend="torch"'
+        )
+    else:
+        with torch.cuda.device_of(z):  # Triton launches on the current device
+            ids = n.contiguous(), pair.contiguous()
+            losses = _Fused.apply(z, *ids, c, kappa, start, stop, allow_tf32)
+    return losses.mean() if reduction == "mean" else losses

@@ -29,14 +29,15 @@ import numpy as np
 import torch
 from IPython.display import display
 
-import medmix
-import pmsacl
+import losses
 from detectors import PaDiM
-from encoder import Encoder, to_unit
+from encoder import Encoder, seeded, to_unit
 from measures import auroc
+from medmix import medmix
+from pmsacl import class_views, pretrain
 from support import data, layouts, phantom
 from support.figures import image_grid
-from support.run import generator
+from support.options import Config
 
 folder = Path(tempfile.mkdtemp())
 phantom.draw(folder / "phantom", train=64, good=40, abnormal=40, size=64)
@@ -52,7 +53,7 @@ assert images.dtype == np.uint8 and 0 <= x.min() <= x.max() <= 1
 # %%
 columns, areas = [x], [0.0]
 for n in range(1, 4):
-    mixed, mask = medmix.medmix(x, torch.full((len(x),), n), generator(0, n))
+    mixed, mask = medmix(x, torch.full((len(x),), n), seeded(0, n))
     assert torch.equal(mixed[~mask.expand_as(x)], x[~mask.expand_as(x)])  # only inside the mask
     columns.append(mixed)
     areas.append(float(mask.float().mean()))
@@ -65,8 +66,8 @@ assert areas == sorted(areas) and areas[1] > 0
 # ## Two weak views of each class `[P:(4)]`
 
 # %%
-config = pmsacl.Config(image_size=64, batch_size=8)
-views, n, pair = pmsacl.class_views(x, config, generator(1))
+config = Config(image_size=64, batch_size=8)
+views, n, pair = class_views(x, config, seeded(1))
 print(views.shape, n.tolist()[:20])
 assert len(views) == 2 * 4 * 8 and torch.equal(pair[pair], torch.arange(len(n)))
 
@@ -74,32 +75,32 @@ assert len(views) == 2 * 4 * 8 and torch.equal(pair[pair], torch.arange(len(n)))
 # ## Class centres of an untrained encoder `[P:(2)]` and the loss that pulls to them `[P:(3)]`
 
 # %%
-encoder = Encoder(generator=generator(2)).train()
-c = pmsacl.class_centres(encoder, [(views, n)])  # (A, Z)
+encoder = Encoder(generator=seeded(2)).train()
+c = losses.class_centres(encoder, [(views, n)])  # (A, Z)
 with torch.no_grad():
     z = encoder(views)
 print("distances between the centres:", torch.pdist(c))
-own = pmsacl.multi_centring_loss(z, n, c)
-shifted = pmsacl.multi_centring_loss(z, n, c + 0.1)
-assert own < shifted  # the centres are the means: nothing is closer
+at_means = losses.multi_centring_loss(z, n, c)
+shifted = losses.multi_centring_loss(z, n, c + 0.1)
+assert at_means < shifted  # the centres are the means: nothing is closer
 
 # %% [markdown]
 # ## The contrastive loss `[P:(5)]` of features centred by `[P:(6)]`, with kappa of `[P:(7)]`
 
 # %%
-weak = pmsacl.contrastive_loss(z, n, pair, c, alpha=5.0, positive_scale="tau")
-strong = pmsacl.contrastive_loss(z, n, pair, c, alpha=1.0, positive_scale="tau")
+weak = losses.contrastive_loss(z, n, pair, c, alpha=5.0, positive_scale="tau")
+strong = losses.contrastive_loss(z, n, pair, c, alpha=1.0, positive_scale="tau")
 print(f"alpha 5: {weak:.3f}   alpha 1: {strong:.3f}")
 collapsed = c[n].clone()  # every z at its centre: f = 0, and the loss is log(N - 1)
-at_centre = pmsacl.contrastive_loss(collapsed, n, pair, c)
+at_centre = losses.contrastive_loss(collapsed, n, pair, c)
 assert abs(float(at_centre) - np.log(len(n) - 1)) < 1e-4
 
 # %% [markdown]
 # ## A few steps of the whole loss `[P:(1)]`
 
 # %%
-config = pmsacl.Config(image_size=64, batch_size=8, epochs=3, device="cpu", init="random")
-encoder, _ = pmsacl.pretrain(images, config, folder)
+config = Config(image_size=64, batch_size=8, epochs=3, device="cpu", init="random")
+encoder, _ = pretrain(images, config, folder)
 log = (folder / "log.csv").read_text().splitlines()
 print("\n".join(log))
 assert len(log) == 4  # a header and three epochs

@@ -1,8 +1,6 @@
-"""Decoding and checking images and masks, and the cache of what was decoded.
+"""Decoding and checking images and masks, and the cache of what was decoded.   [P:§4.1]
 
-PMSACL: Tian et al., "Self-supervised Pseudo Multi-class Pre-training for Unsupervised Anomaly
-Detection and Segmentation in Medical Images", section 4.1 (data sets). Which images there are is in
-layouts.py, and everything that needs torch is elsewhere: this module needs numpy and pillow only.
+Which images there are is in layouts.py.
 
 N images, S pixels a side. Images are uint8 (3, S, S) RGB, masks uint8 or bool (S, S), 1 = lesion.
 """
@@ -14,26 +12,25 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.layouts import Dataset, Sample
+from support.progress import progress
 
-T = TypeVar("T")
+Files = tuple[Path, ...]  # what one row of a cache is read from: an image, or a mask and its image
 
 MIN_SIZE = 32  # pixels a side asked for: one patch of the local encoder
-MIN_SIDE = 8  # pixels of a file's shorter side: under that it is an icon, not an image
-LINE_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
-CACHE_VERSION = 1  # part of every cache key; raise it when decoding changes
+MIN_SIDE = 8  # pixels of a file's shorter side: below that it is an icon, not an image
+CACHE_VERSION = 1  # part of every cache's name; increase it when decoding changes
 
-# --------------------------------------------------------------------------- single images
+
+# --- single images -------------------------------------------------------------------------------
 
 
 def _load(path: Path) -> Image.Image:
@@ -70,6 +67,7 @@ def _unit_range(values: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
 
 
 def _rgb(image: Image.Image, behind: str = "white") -> Image.Image:
+    """8 bits of red, green and blue; transparent parts show the colour behind them."""
     if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits, always grey
         ranges = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
         grey = _unit_range(np.asarray(image), ranges)
@@ -83,8 +81,8 @@ def _rgb(image: Image.Image, behind: str = "white") -> Image.Image:
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """Read an image as a viewer shows it, resized to a square with antialiasing.
 
-    Grey, palette and CMYK become RGB; transparent parts show white, as on a page; EXIF
-    orientation is applied; of several frames the first counts. Files of more than 8 bits are
+    Grey, palette and CMYK images become RGB; transparent parts show white, as on a page; EXIF
+    orientation is applied; only the first of several frames is read. Files of more than 8 bits are
     scaled by their range: 8, 12 or 16 bits, the smallest that holds the largest value.
 
     path:    any file that pillow reads.
@@ -98,13 +96,13 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 
 
 def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -> np.ndarray:
-    """Read a lesion mask: binarised at half of its range, then resized to nearest neighbours.
+    """Read a lesion mask: binarised at half of its range, then resized by nearest neighbour.
 
     The range is 1, 255 or 65535, the smallest that holds the largest value, so that masks of
-    {0, 1} and {0, 255} both work; a coloured mask counts by its brightest channel.
+    {0, 1} and {0, 255} both work; of a coloured mask the brightest channel is taken.
 
     size:    S, pixels a side.
-    image:   the image it belongs to, if the two sizes are to be compared.
+    image:   the image that it belongs to, which must have the same size; None: not compared.
     returns: bool (S, S), True in the lesion.
     raises:  ValueError, naming the file, if it cannot be read, has another size than its image,
              or holds only values below half (class numbers such as 2).
@@ -129,7 +127,7 @@ def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -
     return np.asarray(small).astype(bool)
 
 
-# -------------------------------------------------------------------------------- decoding
+# --- data sets -----------------------------------------------------------------------------------
 
 
 def decode(
@@ -137,8 +135,8 @@ def decode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decode images once into a memory-map, so that an epoch reads memory and not JPEGs.
 
-    The cache is keyed by the list of files with sizes and times and by S: a changed file is
-    decoded again. It appears when complete; an interrupted call leaves nothing to be reused.
+    The cache's name depends on S and on the list of files, with their sizes and times: when a file
+    has changed, all are decoded again. The cache is written atomically.
 
     paths:    N images.
     size:     S, pixels a side.
@@ -148,15 +146,20 @@ def decode(
     raises:   ValueError, naming every unreadable file, unless skip_bad and some are readable.
     """
     check_size(size)
-    images, bad = _cached(
-        [(p,) for p in paths],
-        lambda key: read_image(key[0], size),
+
+    def read(files: Files) -> np.ndarray:
+        return read_image(files[0], size)
+
+    images, unreadable = _cached(
+        [(path,) for path in paths],
+        read,
         (3, size, size),
-        cache_dir,
+        Path(cache_dir),
         label="decoding images",
         skip_bad=skip_bad,
+        zeros_for_unreadable=False,
     )
-    return images, np.array([i for i in range(len(paths)) if i not in bad], dtype=np.int64)
+    return images, np.array([i for i in range(len(paths)) if i not in unreadable], dtype=np.int64)
 
 
 def decode_masks(
@@ -169,29 +172,38 @@ def decode_masks(
     raises:   ValueError, naming every mask that is unreadable or of another size than its image.
     """
     check_size(size)
-    keys = [(s.mask, s.path) if s.mask else () for s in samples]
 
-    def read(key: tuple[Path, ...]) -> np.ndarray:
-        if not key:
+    def read(files: Files) -> np.ndarray:
+        if not files:
             return np.zeros((size, size), np.uint8)
-        return read_mask(key[0], size, image=key[1]).astype(np.uint8)
+        mask, image = files
+        return read_mask(mask, size, image=image).astype(np.uint8)
 
-    masks, bad = _cached(
-        keys, read, (size, size), cache_dir, label="decoding masks", skip_bad=skip_bad, blank=True
+    masks, unreadable = _cached(
+        [(sample.mask, sample.path) if sample.mask else () for sample in samples],
+        read,
+        (size, size),
+        Path(cache_dir),
+        label="decoding masks",
+        skip_bad=skip_bad,
+        zeros_for_unreadable=True,
     )
-    known = [(s.label == 0 or s.mask is not None) and i not in bad for i, s in enumerate(samples)]
+    known = [
+        (sample.label == 0 or sample.mask is not None) and i not in unreadable
+        for i, sample in enumerate(samples)
+    ]
     return masks, np.array(known, dtype=bool)
 
 
 def decode_test(
     dataset: Dataset, size: int, cache_dir: str | Path, *, skip_bad: bool = False
 ) -> tuple[Dataset, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """The test split: what `decode` and `decode_masks` make of it, one row a sample.
+    """Decode the test images and their masks, one row for each sample.
 
     skip_bad: leave unreadable images out of the data set that is returned.
-    returns:  dataset, images (N, 3, S, S), masks (N, S, S) and known (N,), or None where no
-              image has a mask.
-    raises:   ValueError as both, or if only one class is left.
+    returns:  dataset, images (N, 3, S, S), masks (N, S, S) and known (N,); the last two are None
+              if no image has a mask.
+    raises:   ValueError as `decode` and `decode_masks`, or if only one class is left.
     """
     paths = [sample.path for sample in dataset.test]
     images, kept = decode(paths, size, cache_dir, skip_bad=skip_bad)
@@ -202,55 +214,51 @@ def decode_test(
     return dataset, images, *decode_masks(dataset.test, size, cache_dir, skip_bad=skip_bad)
 
 
+# --- the cache: rows in a raw file, and a JSON file beside it once they are all there -------------
+
+
 def _cached(
-    keys: Sequence[tuple[Path, ...]],
-    read: Callable[[tuple[Path, ...]], np.ndarray],
+    rows: Sequence[Files],
+    read: Callable[[Files], np.ndarray],
     shape: tuple[int, ...],
-    cache_dir: str | Path,
+    folder: Path,
     *,
     label: str,
     skip_bad: bool,
-    blank: bool = False,
+    zeros_for_unreadable: bool,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """The rows read(key), in order, from a raw file beside a JSON file that marks it complete.
+    """read(files) of every row, from the cache if they are there.
 
-    blank:   keep a row of zeros for an unreadable key instead of leaving the row out.
-    returns: uint8 memory-map (rows, *shape) and the reason for each unreadable index.
+    shape:   of a row.
+    zeros_for_unreadable: such a row is zeros, instead of being left out.
+    returns: uint8 memory-map (K, *shape), and the reason for each unreadable row.
+    raises:  ValueError naming every unreadable file, unless skip_bad and some are readable.
     """
-    if not keys:
+    if not rows:
         return np.empty((0, *shape), np.uint8), {}
-    folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = json.dumps([CACHE_VERSION, shape, blank, [[_stamp(p) for p in key] for key in keys]])
-    name = hashlib.sha256(stamp.encode()).hexdigest()[:24]
-    data, done = folder / f"{name}.u8", folder / f"{name}.json"
-    bad = _complete(data, done, len(keys), math.prod(shape), blank)
-    if bad is None or (bad and not skip_bad):
-        done.unlink(missing_ok=True)
-        bad = _write_rows(keys, read, shape, data, label, blank)
-        if bad and (not skip_bad or len(bad) == len(keys)):
-            data.unlink()
-            hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
-            why = "; ".join(bad.values())
-            raise ValueError(f"{len(bad)} of {len(keys)} files cannot be used: {why}{hint}")
-        done.write_text(json.dumps(bad), encoding="utf-8")  # cut short it is no JSON: not complete
-    rows = len(keys) if blank else len(keys) - len(bad)
-    return np.memmap(data, np.uint8, "r", shape=(rows, *shape)), bad
-
-
-def _complete(
-    data: Path, done: Path, count: int, row_bytes: int, blank: bool
-) -> dict[int, str] | None:
-    """The unreadable indices of a complete cache, None if there is none to use."""
+    stamps = [[_stamp(path) for path in files] for files in rows]
+    content = json.dumps([CACHE_VERSION, shape, zeros_for_unreadable, stamps])
+    name = hashlib.sha256(content.encode()).hexdigest()[:24]
+    data, marker = folder / f"{name}.u8", folder / f"{name}.json"
+    size = math.prod(shape)  # bytes of a row
+    substitute = bytes(size) if zeros_for_unreadable else b""
     try:
-        bad = {int(i): why for i, why in json.loads(done.read_text(encoding="utf-8")).items()}
-        whole = data.stat().st_size == row_bytes * (count if blank else count - len(bad))
-    except (OSError, ValueError):
-        return None
-    return bad if whole else None
+        saved = json.loads(marker.read_text(encoding="utf-8"))
+        unreadable = {int(row): reason for row, reason in saved.items()}
+        missing = 0 if zeros_for_unreadable else len(unreadable)
+        complete = data.stat().st_size == size * (len(rows) - missing)
+    except (OSError, ValueError):  # not there, or cut short
+        unreadable, complete = {}, False
+    if not complete or (unreadable and not skip_bad):
+        marker.unlink(missing_ok=True)
+        unreadable = _write(rows, read, substitute, data, label=label, skip_bad=skip_bad)
+        marker.write_text(json.dumps(unreadable), encoding="utf-8")
+    return np.memmap(data, np.uint8, "r").reshape(-1, *shape), unreadable
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
+    """What changes when a file does: its path, size and time."""
     try:
         stat = path.stat()
     except OSError:
@@ -258,75 +266,65 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
-def _write_rows(
-    keys: Sequence[tuple[Path, ...]],
-    read: Callable[[tuple[Path, ...]], np.ndarray],
-    shape: tuple[int, ...],
+def _write(
+    rows: Sequence[Files],
+    read: Callable[[Files], np.ndarray],
+    substitute: bytes,
     target: Path,
+    *,
     label: str,
-    blank: bool,
+    skip_bad: bool,
 ) -> dict[int, str]:
-    """Write the rows to a partial file and rename it; pillow decodes outside Python's lock."""
+    """Write read(files) of every row to a partial file, then rename it to `target`.
 
-    def attempt(key: tuple[Path, ...]) -> np.ndarray | str:
-        try:
-            return read(key)
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    for old in target.parent.glob("*.part-*"):
-        if time.time() - old.stat().st_mtime > 60:  # left by a killed run: nobody writes to it
-            old.unlink(missing_ok=True)
+    substitute: what is written for a row that is unreadable.
+    returns:    the reason for each unreadable row.
+    """
+    _remove_abandoned(target.parent)
     part = target.with_name(f"{target.name}.part-{os.getpid()}")
-    bad: dict[int, str] = {}
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    unreadable: dict[int, str] = {}
     try:
         # Plain writes: a full disk is then an OSError, where a memory-map would be a bus error.
         with open(part, "wb") as file:
-            chunks = (keys[i : i + 32] for i in range(0, len(keys), 32))
-            rows = (row for chunk in chunks for row in pool.map(attempt, chunk))
-            for i, row in enumerate(progress(rows, len(keys), label)):
+            for i, row in enumerate(progress(_read_all(rows, read), len(rows), label)):
                 if isinstance(row, str):
-                    bad[i] = row
-                    row = np.zeros(shape if blank else (0,), np.uint8)
-                file.write(row.tobytes())
+                    unreadable[i] = row
+                file.write(substitute if isinstance(row, str) else row.tobytes())
             file.flush()
             os.fsync(file.fileno())
+        if unreadable and (not skip_bad or len(unreadable) == len(rows)):
+            hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
+            reasons = "; ".join(unreadable.values())
+            raise ValueError(
+                f"{len(unreadable)} of {len(rows)} files cannot be used: {reasons}{hint}"
+            )
         os.replace(part, target)
     finally:
-        pool.shutdown(cancel_futures=True)
         part.unlink(missing_ok=True)
-    return bad
+    return unreadable
 
 
-def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Pass items on and show on stderr how many are done and the time left.
+def _read_all(
+    rows: Sequence[Files], read: Callable[[Files], np.ndarray]
+) -> Iterator[np.ndarray | str]:
+    """read(files) of every row in order, or the reason why that failed; in several threads."""
 
-    On a terminal one line is rewritten in place; elsewhere a line is printed now and then, and a
-    last one if the whole took at least a second.
-    """
-    file = sys.stderr
-    start = shown = time.monotonic()
-    live, done, width = file.isatty(), 0, 0
+    def attempt(files: Files) -> np.ndarray | str:
+        try:
+            return read(files)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # pillow decodes outside Python's lock
     try:
-        for item in items:
-            yield item
-            done += 1
-            now = time.monotonic()
-            if now - shown >= (0.1 if live else LINE_EVERY) and done < total:
-                left = (now - start) / done * (total - done)
-                line = f"{label} {done}/{total}, {_clock(left)} left"
-                print(f"\r{line:<{width}}" if live else line, end="" if live else "\n", file=file)
-                file.flush()
-                shown, width = now, len(line)
+        for start in range(0, len(rows), 32):  # no more rows than that are held in memory
+            yield from pool.map(attempt, rows[start : start + 32])
     finally:
-        took = time.monotonic() - start
-        line = f"{label} {done}/{total} in {_clock(took)}"
-        if live or took >= 1:
-            print(f"\r{line:<{width}}" if live else line, file=file, flush=True)
+        pool.shutdown(cancel_futures=True)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def _remove_abandoned(folder: Path) -> None:
+    """Remove partial files that a killed run has left: nobody has written to them for a minute."""
+    for part in folder.glob("*.part-*"):
+        if time.time() - part.stat().st_mtime > 60:
+            part.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from support.layouts import Sample
+from support.layouts import EXTENSIONS, Sample
 
 Array = NDArray[Any]
 
@@ -37,9 +38,9 @@ def heat_colours(x: Array) -> Array:
 def map_scale(maps: Array, labels: Array | None = None) -> tuple[float, float]:
     """The ends of the colour scale that all heat maps of a detector share.
 
-    returns: the median pixel of the normal images (what is usual is dark) and the 99.5th
-             percentile of the abnormal ones, from a grid of at most 64 x 64 pixels an image;
-             without labels both are of all images.
+    returns: the median pixel of the normal images, so that what is normal is dark, and the 99.5th
+             percentile of the abnormal ones; from a grid of at most 64 x 64 pixels of each image.
+             Without labels both are of all images.
     """
     step = -(-maps.shape[-1] // 64)
     normal = abnormal = maps[:, ::step, ::step]
@@ -61,9 +62,9 @@ def image_grid(
     """A labelled grid of images on white.
 
     cells:   rows of images: PIL, (3, S, S) or (S, S, 3) uint8; None leaves the place empty.
-    rows:    a label left of each row.    columns: a label above each column, of one line or more.
-    title:   above all, larger.               note:    below all, wrapped.
-    side:    pixels of a cell; images are resized to it.
+    rows:    a label left of each row.   columns: a label above each column, of one line or more.
+    title:   at the top, larger.         note:    at the bottom, wrapped.
+    side:    of a cell, in pixels; images are resized to it.
     """
     font, large, gap, line = ImageFont.load_default(14), ImageFont.load_default(18), 6, 18
     left = gap + (gap + int(max(font.getlength(r) for r in rows)) if rows else 0)
@@ -123,13 +124,18 @@ def outlined(image: Array, mask: Array, colour: tuple[int, int, int], side: int)
 def choose_cases(
     scores: Array, labels: Array, usable: Array, lesions: int = 6, normals: int = 3
 ) -> list[int]:
-    """Indices for a figure: lesions evenly over their scores, the worst included, then normals."""
-    shown: list[int] = []
+    """Abnormal images for a figure, from the highest score to the lowest, then normal ones.
+
+    scores, labels, usable: (N,) of the test images; only usable ones are chosen.
+    lesions, normals: how many of each class, at even ranks of their scores.
+    returns: indices.
+    """
+    cases: list[int] = []
     for members, count in ((labels & usable, lesions), (~labels & usable, normals)):
         order = np.flatnonzero(members)[np.argsort(-scores[members], kind="stable")]
         ranks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-        shown += order[ranks].tolist()
-    return shown
+        cases += order[ranks].tolist()
+    return cases
 
 
 def localisation_figure(
@@ -139,42 +145,67 @@ def localisation_figure(
     samples: Sequence[Sample],
     scores: Array,
     row: Mapping[str, Any],
-    shown: Sequence[int],
+    cases: Sequence[int],
     title: str = "",
     side: int = 160,
 ) -> Image.Image:
-    """Image, heat map, prediction and ground truth, a column a case.   [P:§4.6.1]
+    """Image, heat map, prediction and ground truth, one column for each case.   [P:§4.6.1]
 
-    images ... scores: of the whole test set, N long; shown: the indices to draw.
+    images ... scores: of the whole test set, N long.
     row:     of results.json: threshold, map_scale and, with masks, pixel_threshold.
-    returns: green frames around images that are judged rightly, red around the others (Fig. 5).
+    cases:   indices of the images to draw.
+    returns: green frames around images that are judged correctly, red around the others (Fig. 5).
     """
     low, high = row["map_scale"]
     verdicts = {(0, 0): "passed", (0, 1): "false alarm", (1, 0): "missed", (1, 1): "found"}
     framed, columns = [], []
-    for i in shown:
-        judged, label = int(scores[i] >= row["threshold"]), samples[i].label
+    for i in cases:
+        predicted, label = int(scores[i] >= row["threshold"]), samples[i].label
         framed.append(_picture(images[i], side))
-        box, colour = (0, 0, side - 1, side - 1), GREEN if judged == label else RED
+        box, colour = (0, 0, side - 1, side - 1), GREEN if predicted == label else RED
         ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
-        columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {verdicts[label, judged]}")
+        columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {verdicts[label, predicted]}")
     cells = {
         "image": framed,
-        "heat map": [overlay(images[i], maps[i], (low, high), side) for i in shown],
+        "heat map": [overlay(images[i], maps[i], (low, high), side) for i in cases],
     }
     note = (
-        f"Abnormal at a score >= {row['threshold']:.4g}; green frame: judged rightly, red: "
+        f"Abnormal at a score >= {row['threshold']:.4g}; green frame: judged correctly, red: "
         f"wrongly. Heat maps share one scale: dark {low:.4g} (median pixel of normal images) to "
         f"bright {high:.4g} (99.5th percentile of abnormal ones)."
     )
     if masks is not None and "pixel_threshold" in row:
         t = row["pixel_threshold"]
-        cells["prediction"] = [outlined(images[i], maps[i] >= t, YELLOW, side) for i in shown]
-        cells["ground truth"] = [outlined(images[i], masks[i], CYAN, side) for i in shown]
+        cells["prediction"] = [outlined(images[i], maps[i] >= t, YELLOW, side) for i in cases]
+        cells["ground truth"] = [outlined(images[i], masks[i], CYAN, side) for i in cases]
         note += f" Prediction: pixels >= {t:.4g}."
     return image_grid(
         list(cells.values()), rows=list(cells), columns=columns, title=title, note=note, side=side
     )
+
+
+# --- Heat maps of new images ---------------------------------------------------------------------
+
+
+def heatmap_figure(
+    image: Array,
+    maps: Mapping[str, Array],
+    scales: Mapping[str, tuple[float, float]],
+    captions: Sequence[str],
+    *,
+    title: str,
+    side: int = 256,
+) -> Image.Image:
+    """An image, then its heat map of each detector.
+
+    maps, scales: by the detector's name.
+    captions:     one for each heat map.
+    """
+    cells: list[Array | Image.Image] = [image]
+    cells += [overlay(image, heat, scales[name], side) for name, heat in maps.items()]
+    ends = [f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items()]
+    note = f"Scale from dark to bright: {', '.join(ends)}"
+    return image_grid([cells], columns=["image", *captions], title=title, note=note, side=side)
 
 
 def png(image: Image.Image, source: str = "") -> bytes:
@@ -197,10 +228,58 @@ def source_of(path: Path) -> str:
         return ""
 
 
-# --- Charts, as Fig. 6 and 7 -------------------------------------------------------------------
+def heatmap_files(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Where the heat map of each image goes: NAME.heatmap.png beside it.
+
+    NAME is the image's without its ending, or with it where two images differ in nothing else.
+    paths:   images, or folders of them.
+    returns: image -> heat map; an image that is named twice is there once.
+    raises:  ValueError if there is no such image, or a heat map would replace a file not ours.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in _image_files(path)))
+    stems = [file.with_suffix("") for file in files]
+    targets = {}
+    for file, stem in zip(files, stems, strict=True):
+        name = file.stem if stems.count(stem) == 1 else file.name
+        targets[file] = target = file.with_name(f"{name}.heatmap.png")
+        if target.exists() and source_of(target) != file.name:
+            raise ValueError(f"{target}: exists and is no heat map of {file.name}; move it away")
+    return targets
+
+
+def _image_files(path: Path) -> list[Path]:
+    """The file itself, or the images in a folder, except heat maps of ours."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file or folder")
+        return [path]
+    files = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".")]
+    images = [f for f in files if f.suffix.lower() in EXTENSIONS and not source_of(f)]
+    if not images:
+        raise ValueError(f"{path}: no images in this folder")
+    return images
+
+
+# --- Charts, as Fig. 6 and 7 ---------------------------------------------------------------------
 
 BLUE, PALE, GREY = "#1f5fa8", "#8fb4dd", "#777777"
-OTHERS = ("#d9730d", "#2e8b57", "#8e44ad", "#b8860b")
+COMPARED = ("#d9730d", "#2e8b57", "#8e44ad", "#b8860b")  # a colour for each name of `printed`
+ROW = 34  # pixels between two lines of a chart
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A horizontal axis: ticks at first * step ... last * step, over `width` pixels from `left`."""
+
+    first: int
+    last: int
+    step: float
+    left: int
+    width: int = 640
+
+    def x(self, value: float) -> float:
+        """The pixel column of a value."""
+        return self.left + (value / self.step - self.first) / (self.last - self.first) * self.width
 
 
 def dot_chart(
@@ -211,67 +290,98 @@ def dot_chart(
     axis: str,
     note: str = "",
 ) -> Image.Image:
-    """A line a row: the mean as a dot with a bar of one standard deviation, others' as diamonds.
+    """A line for each row: the mean as a dot, with a bar of one standard deviation.
 
-    values:  row -> one value a run; "not run" stands where there is none.
-    printed: name of the legend -> row -> value to compare with, four names at most.
+    values:  row -> one value a run; a row without values says "not run".
+    printed: name in the legend -> row -> value to compare with, a diamond; four names at most.
+    axis:    what the values are.
     """
     font, small, large = (ImageFont.load_default(size) for size in (15, 13, 18))
-    everything = [v for row in values.values() for v in row]
-    spread = {name: float(np.std(row, ddof=1)) for name, row in values.items() if len(row) > 1}
-    ends = [
-        float(np.mean(values[name])) + sign * sd for name, sd in spread.items() for sign in (-1, 1)
-    ]
-    everything += ends + [v for p in printed.values() for v in p.values() if v is not None]
-    low, high = (min(everything), max(everything)) if everything else (0.5, 1.0)
-    step = next((t for t in (0.01, 0.02, 0.05, 0.1) if high - low <= 8 * t), 0.2)
-    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
-    left, width = int(max(font.getlength(name) for name in values)) + 40, 640
-    notes = textwrap.wrap(note, (left + width) // 7)
-    heads = textwrap.wrap(title, (left + width) // 10)
+    scale = _axis_for(values, printed, int(max(font.getlength(name) for name in values)) + 40)
+    right = scale.left + scale.width
+    notes, heads = textwrap.wrap(note, right // 7), textwrap.wrap(title, right // 10)
     top = 70 + 24 * len(heads)
-    bottom = top + 34 * len(values)
+    bottom = top + ROW * len(values)
     legend = 330 + sum(44 + int(small.getlength(name)) for name in printed)
-    size = max(left + width + 40, legend), bottom + 60 + 18 * len(notes)
+    size = max(right + 40, legend), bottom + 60 + 18 * len(notes)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-
-    def x_of(value: float) -> float:
-        return left + (value / step - first) / (last - first) * width
-
-    def dot(x: float, y: float, r: int, colour: str) -> None:
-        draw.ellipse((x - r, y - r, x + r, y + r), colour)
-
-    def diamond(x: float, y: float, r: int, colour: str) -> None:
-        draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], colour)
-
     draw.multiline_text((12, 10), "\n".join(heads), "black", large)
-    x, y = 20.0, top - 38
-    marks = [("mean ± standard deviation", dot, 6, BLUE), ("single runs", dot, 3, PALE)]
-    marks += [(name, diamond, 6, OTHERS[i]) for i, name in enumerate(printed)]
-    for name, mark, r, colour in marks:
-        mark(x, y, r, colour)
-        draw.text((x + 12, y), name, "black", small, anchor="lm")
-        x += 44 + small.getlength(name)
-    for k in range(first, last + 1):
-        draw.line((x_of(k * step), top - 6, x_of(k * step), bottom), "#dddddd")
-        draw.text((x_of(k * step), bottom + 5), f"{k * step:.2f}", "black", small, anchor="ma")
-    draw.text((left + width / 2, bottom + 24), axis, "black", font, anchor="ma")
+    _draw_legend(draw, top - 38, list(printed))
+    for k in range(scale.first, scale.last + 1):
+        x = scale.x(k * scale.step)
+        draw.line((x, top - 6, x, bottom), "#dddddd")
+        draw.text((x, bottom + 5), f"{k * scale.step:.2f}", "black", small, anchor="ma")
+    draw.text((scale.left + scale.width / 2, bottom + 24), axis, "black", font, anchor="ma")
     draw.multiline_text((12, bottom + 50), "\n".join(notes), GREY, small)
     for i, (name, row) in enumerate(values.items()):
-        y = top + 34 * i + 14
-        draw.text((left - 20, y), name, "black", font, anchor="rm")
-        for k, others in enumerate(printed.values()):
-            if (value := others.get(name)) is not None:
-                diamond(x_of(value), y, 6, OTHERS[k])
-        if not row:
-            draw.text((left + 6, y), "not run", GREY, small, anchor="lm")
-            continue
-        mean, sd = float(np.mean(row)), spread.get(name, 0.0)
-        for value in row if name in spread else ():
-            dot(x_of(value), y + 10, 3, PALE)
-        for end in (x_of(mean - sd), x_of(mean + sd)) if name in spread else ():
-            draw.line((x_of(mean), y, end, y), BLUE, 2)
-            draw.line((end, y - 6, end, y + 6), BLUE, 2)
-        dot(x_of(mean), y, 6, BLUE)
+        y = top + ROW * i + 14
+        draw.text((scale.left - 20, y), name, "black", font, anchor="rm")
+        _draw_row(draw, scale, y, row, [column.get(name) for column in printed.values()])
     return sheet
+
+
+def _axis_for(
+    values: Mapping[str, Sequence[float]],
+    printed: Mapping[str, Mapping[str, float | None]],
+    left: int,
+) -> _Axis:
+    """The axis that holds all values, the ends of the bars and what is compared with them."""
+    marks = [value for row in values.values() for value in row]
+    marks += [end for row in values.values() if len(row) > 1 for end in _bar(row)]
+    marks += [
+        value for column in printed.values() for value in column.values() if value is not None
+    ]
+    low, high = (min(marks), max(marks)) if marks else (0.5, 1.0)
+    step = next((t for t in (0.01, 0.02, 0.05, 0.1) if high - low <= 8 * t), 0.2)
+    first = math.floor(low / step)
+    return _Axis(first, max(math.ceil(high / step), first + 1), step, left)
+
+
+def _bar(row: Sequence[float]) -> tuple[float, float]:
+    """One standard deviation below the mean, and one above."""
+    mean, sd = float(np.mean(row)), float(np.std(row, ddof=1))
+    return mean - sd, mean + sd
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, y: int, printed: Sequence[str]) -> None:
+    """The marks of a chart from left to right, with their names."""
+    font, x = ImageFont.load_default(13), 20.0
+    marks = [("mean ± standard deviation", _dot, 6, BLUE), ("single runs", _dot, 3, PALE)]
+    marks += [(name, _diamond, 6, COMPARED[k]) for k, name in enumerate(printed)]
+    for name, mark, radius, colour in marks:
+        mark(draw, x, y, radius, colour)
+        draw.text((x + 12, y), name, "black", font, anchor="lm")
+        x += 44 + font.getlength(name)
+
+
+def _draw_row(
+    draw: ImageDraw.ImageDraw,
+    axis: _Axis,
+    y: int,
+    row: Sequence[float],
+    printed: Sequence[float | None],
+) -> None:
+    """The marks of one line: what is compared with, single runs, the bar, the mean."""
+    for value, colour in zip(printed, COMPARED, strict=False):
+        if value is not None:
+            _diamond(draw, axis.x(value), y, 6, colour)
+    if not row:
+        draw.text((axis.left + 6, y), "not run", GREY, ImageFont.load_default(13), anchor="lm")
+        return
+    x = axis.x(float(np.mean(row)))
+    if len(row) > 1:
+        for value in row:
+            _dot(draw, axis.x(value), y + 10, 3, PALE)
+        for end in map(axis.x, _bar(row)):
+            draw.line((x, y, end, y), BLUE, 2)
+            draw.line((end, y - 6, end, y + 6), BLUE, 2)
+    _dot(draw, x, y, 6, BLUE)
+
+
+def _dot(draw: ImageDraw.ImageDraw, x: float, y: float, radius: int, colour: str) -> None:
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+
+
+def _diamond(draw: ImageDraw.ImageDraw, x: float, y: float, radius: int, colour: str) -> None:
+    draw.polygon([(x - radius, y), (x, y - radius), (x + radius, y), (x, y + radius)], colour)

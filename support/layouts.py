@@ -1,8 +1,6 @@
-"""Folder layouts: which images are for training, which for testing, and which mask is whose.
+"""Folder layouts: training images, test images, and the mask that belongs to each.   [P:§4.1]
 
-PMSACL: Tian et al., "Self-supervised Pseudo Multi-class Pre-training for Unsupervised Anomaly
-Detection and Segmentation in Medical Images", section 4.1 (data sets). No image is opened here:
-decoding and checking them is in data.py.
+No image is opened here: decoding and checking them is in data.py.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ LOOKED_FOR = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One test image: label 0 normal, 1 abnormal; kind its folder's name; mask None if unknown."""
+    """A test image: label 0 normal, 1 abnormal; kind, its folder's name; mask, None if unknown."""
 
     path: Path
     label: int
@@ -40,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `discover` found. layout names the convention; train holds normal images only."""
+    """Training images, which are all normal, and test images; layout: the convention's name."""
 
     layout: str
     root: Path
@@ -49,11 +47,11 @@ class Dataset:
 
     @property
     def has_masks(self) -> bool:
-        """Whether any abnormal test image has a mask, so that pixel measures exist."""
+        """Whether any abnormal test image has a mask: pixel measures need one."""
         return any(s.mask is not None for s in self.test)
 
     def check_test(self) -> None:
-        """raises: ValueError if there is a test split but it has only one of the two classes."""
+        """raises: ValueError if the test images, where there are any, are all of one class."""
         abnormal = sum(s.label for s in self.test)
         if self.test and abnormal in (0, len(self.test)):
             raise ValueError(
@@ -66,13 +64,13 @@ def discover(root: str | Path, *, seed: int = 0) -> Dataset:
     """Recognise the layout of a folder and list its training and test images, sorted by path.
 
     MVTec, BMAD, the Hyper-Kvasir archive, train|test/{normal,abnormal}, MedIAnomaly's data.json,
-    HyperKvasir as its site ships it, or one flat folder (training only). Names of train, test,
-    class and mask folders match in any case; hidden files are left out. valid/ (BMAD) is read only
-    where test/ is missing.
+    HyperKvasir as downloaded from its site, or one flat folder (training only). Names of train,
+    test, class and mask folders match in any case; hidden files are left out. valid/ (BMAD) is read
+    only where test/ is missing.
 
     root:    folder; no image is opened here.
     seed:    of the draw of 1,600 / 500 / 1,000 images from HyperKvasir; unused elsewhere.
-    returns: Dataset; its test split may be empty or hold one class (see Dataset.check_test).
+    returns: Dataset; its test images may be missing or of one class (see Dataset.check_test).
     raises:  ValueError if no layout fits, no training image is found, or a mask has no image.
     """
     root = Path(root)
@@ -100,16 +98,16 @@ def _folders(folder: Path) -> dict[str, Path]:
 
 
 def _images(folder: Path, *, deep: bool = False) -> list[Path]:
-    """Files named as images, sorted; deep: also in subfolders, except those that hold masks."""
-    found: list[Path] = []
+    """Image files by their endings, sorted; deep: also in subfolders, but not in those of masks."""
+    paths: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        found += [Path(parent, f) for f in files if _visible(f)]
+        paths += [Path(parent, name) for name in files if _visible(name)]
         folders[:] = [f for f in folders if deep and _visible(f) and f.lower() not in MASKS]
-    return sorted(p for p in found if p.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS)
 
 
 def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Masks by the stem of their image: `000.png` and `000_mask.png` both belong to `000.*`."""
+    """Masks by their image's stem: `000.png` and `000_mask.png` are both masks of `000.*`."""
     masks: dict[str, Path] = {}
     for path in paths:
         stem = path.stem[:-5] if path.stem.lower().endswith("_mask") else path.stem
@@ -120,6 +118,7 @@ def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
 
 
 def _refuse_orphans(masks: Iterable[Path], used: set[Path]) -> None:
+    """raises: ValueError if there are masks that no image has used."""
     orphans = [str(p) for p in masks if p not in used]
     if orphans:
         more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
@@ -139,28 +138,31 @@ def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Samp
     raises:  ValueError if a mask belongs to no image, or to two.
     """
     parents = [root] if test == root else [root, test]
-    holders = [f for parent in parents for n, f in _folders(parent).items() if n in MASKS]
-    shared = _by_stem(p for f in holders for p in _images(f))
+    holders = [f for parent in parents for name, f in _folders(parent).items() if name in MASKS]
+    shared = _by_stem(path for folder in holders for path in _images(folder))
     used: set[Path] = set()
-    taken: dict[Path | None, Path] = {}  # masks of abnormal images
+    image_of: dict[Path, Path] = {}  # the abnormal image of each mask
     samples = []
     for kind, paths in kinds.items():
         label = int(kind.lower() not in NORMAL)
-        inner = _folders(test / kind) if (test / kind).is_dir() else {}
-        own_folders = [f for n, f in inner.items() if n in MASKS]
-        own_folders += [s for f in holders for n, s in _folders(f).items() if n == kind.lower()]
-        found = (p for f in own_folders for p in _images(f, deep=True))
-        own = _by_stem(found) if label else {}
+        inside = _folders(test / kind) if (test / kind).is_dir() else {}
+        folders = [f for name, f in inside.items() if name in MASKS]
+        folders += [f for h in holders for name, f in _folders(h).items() if name == kind.lower()]
+        of_kind = _by_stem(p for f in folders for p in _images(f, deep=True)) if label else {}
         for path in paths:
-            mask = own.get(path.stem) or shared.get(path.stem)
-            if label and mask in taken:
-                raise ValueError(f"{mask}: is it of {taken[mask]} or of {path}? rename one of them")
-            used |= {mask} if mask else set()
-            taken |= {mask: path} if label and mask else {}
+            mask = of_kind.get(path.stem) or shared.get(path.stem)
+            if mask:
+                used.add(mask)
+            if mask and label:
+                if mask in image_of:
+                    raise ValueError(
+                        f"{mask}: is it of {image_of[mask]} or of {path}? rename one of them"
+                    )
+                image_of[mask] = path
             samples.append(Sample(path, label, kind, mask if label else None))
-        _refuse_orphans(own.values(), used)
+        _refuse_orphans(of_kind.values(), used)
     known = NORMAL | {kind.lower() for kind in kinds}
-    strays = [s for f in holders for n, s in _folders(f).items() if n not in known]
+    strays = [f for h in holders for name, f in _folders(h).items() if name not in known]
     _refuse_orphans([*shared.values(), *(p for f in strays for p in _images(f))], used)
     return tuple(samples)
 
@@ -176,13 +178,13 @@ def _splits(root: Path, _seed: int) -> Dataset | None:
     healthy = [p for f in normal for p in _images(f, deep=True)] if normal else _images(train)
     if test is None:
         return Dataset("train folder", root, tuple(healthy), ())
-    inner = {f.name: f for name, f in _folders(test).items() if name not in MASKS}
-    if not inner and _images(test):
+    inside = {f.name: f for name, f in _folders(test).items() if name not in MASKS}
+    if not inside and _images(test):
         raise ValueError(f"{test}: its images lie in no good/ or <defect>/ folder, so no label")
-    kinds = {name: _images(f, deep=True) for name, f in inner.items()}
+    kinds = {name: _images(f, deep=True) for name, f in inside.items()}
     if train.name.lower() == "train_set":
         layout = "Hyper-Kvasir archive"
-    elif any(k.lower() == "ungood" or "img" in _folders(f) for k, f in inner.items()):
+    elif any(k.lower() == "ungood" or "img" in _folders(f) for k, f in inside.items()):
         layout = "BMAD"
     elif {k.lower() for k in kinds} <= {"normal", "abnormal"}:
         layout = "train|test/{normal,abnormal}"
@@ -216,15 +218,15 @@ def _medianomaly(root: Path, _seed: int) -> Dataset | None:
 def _hyperkvasir(root: Path, seed: int) -> Dataset | None:
     """labeled-images/…/{cecum,ileum,bbps-2-3} and segmented-images/{images,masks}.   [P:§4.1]
 
-    The paper's own subset is unpublished: 1,600 / 500 normal and 1,000 abnormal images are drawn.
+    The paper's subset is unpublished, so 1,600 / 500 normal and 1,000 abnormal images are drawn.
     """
     walk = [Path(parent) for parent, _, _ in os.walk(root, followlinks=True)]
     normal = [p for f in walk if f.name in HYPERKVASIR_NORMAL for p in _images(f)]
-    polyps = [f for f in walk if f.name == "images" and (f.parent / "masks").is_dir()]
-    if not normal or not polyps:
+    segmented = [f for f in walk if f.name == "images" and (f.parent / "masks").is_dir()]
+    if not normal or not segmented:
         return None
-    masks = _by_stem(p for f in polyps for p in _images(f.parent / "masks"))
-    abnormal = [p for f in polyps for p in _images(f)]
+    masks = _by_stem(p for f in segmented for p in _images(f.parent / "masks"))
+    abnormal = [p for f in segmented for p in _images(f)]
     _refuse_orphans(masks.values(), {masks[p.stem] for p in abnormal if p.stem in masks})
     train, good, lesions = HYPERKVASIR_DRAW
     if len(normal) < train + good or len(abnormal) < lesions:
@@ -233,13 +235,14 @@ def _hyperkvasir(root: Path, seed: int) -> Dataset | None:
             f"found {len(normal)} and {len(abnormal)}; unpack labeled-images and segmented-images"
         )
     rng = np.random.default_rng(seed)
-    picked = [normal[i] for i in rng.permutation(len(normal))[: train + good]]
-    drawn = sorted(rng.permutation(len(abnormal))[:lesions])
-    test = [Sample(p, 0, p.parent.name) for p in sorted(picked[train:])]
-    test += [Sample(abnormal[i], 1, "polyp", masks.get(abnormal[i].stem)) for i in drawn]
-    return Dataset("HyperKvasir", root, tuple(sorted(picked[:train])), tuple(test))
+    drawn = [normal[i] for i in rng.permutation(len(normal))[: train + good]]
+    polyps = [abnormal[i] for i in sorted(rng.permutation(len(abnormal))[:lesions])]
+    test = [Sample(path, 0, path.parent.name) for path in sorted(drawn[train:])]
+    test += [Sample(path, 1, "polyp", masks.get(path.stem)) for path in polyps]
+    return Dataset("HyperKvasir", root, tuple(sorted(drawn[:train])), tuple(test))
 
 
 def _flat(root: Path, _seed: int) -> Dataset | None:
-    found = _images(root)
-    return Dataset("one folder", root, tuple(found), ()) if found else None
+    """Images directly in the folder, all of them for training."""
+    images = _images(root)
+    return Dataset("one folder", root, tuple(images), ()) if images else None

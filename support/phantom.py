@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from support import data
+from support.progress import progress
 
 
 def draw(
@@ -28,11 +29,11 @@ def draw(
 ) -> None:
     """Write procedural endoscopy-like images as an MVTec folder of PNG files with masks.
 
-    One scope looks along the colon, so that images align as position-wise detectors need them to.
+    All images look along the colon, so that they align as position-wise detectors need them to.
     The variation was set so that PaDiM on a network with random weights reaches about the AUROC
-    that the paper gives for PaDiM without its pre-training, 0.943 [P:Tab.1], starting from harder
-    phantoms on which a pre-trained one had fallen short. The folder appears when complete; one
-    that the same call has written before is left as it is.
+    that the paper gives for PaDiM without its pre-training, 0.943 [P:Tab.1]; on harder phantoms a
+    pre-trained network falls short of it. The folder is written atomically; if the same call has
+    written it before, it is left as it is.
 
     root:    folder to make: train/good, test/good, test/lesion, ground_truth/lesion.
     train, good, abnormal: numbers of images; only the abnormal ones have lesions.
@@ -44,27 +45,25 @@ def draw(
     if train < 1 or min(good, abnormal) < 0:
         raise ValueError(f"phantom images: train={train}, good={good}, abnormal={abnormal}")
     root = Path(root)
-    made = json.dumps(dict(train=train, good=good, abnormal=abnormal, size=size, seed=seed))
+    counts = {"train/good": train, "test/good": good, "test/lesion": abnormal}
+    settings = json.dumps(dict(train=train, good=good, abnormal=abnormal, size=size, seed=seed))
     if root.is_dir() and any(root.iterdir()):
-        if (root / "phantom.json").is_file() and (root / "phantom.json").read_text() == made:
+        if (root / "phantom.json").is_file() and (root / "phantom.json").read_text() == settings:
             return
         raise ValueError(f"{root}: holds something else; give the phantom images another folder")
     part = root.with_name(f".{root.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        for split in ("train/good", "test/good", "test/lesion", "ground_truth/lesion"):
+        for split in (*counts, "ground_truth/lesion"):
             (part / split).mkdir(parents=True)
-        jobs = [("train/good", i) for i in range(train)] + [("test/good", i) for i in range(good)]
-        jobs += [("test/lesion", i) for i in range(abnormal)]
-        for split, i in data.progress(jobs, len(jobs), "drawing phantom images"):
-            stream = ("train/good", "test/good", "test/lesion").index(split)
-            image, mask = _colonoscopy(
-                size, np.random.default_rng([seed, stream, i]), lesions=split == "test/lesion"
-            )
+        planned = [(split, i) for split, count in counts.items() for i in range(count)]
+        for split, i in progress(planned, len(planned), "drawing phantom images"):
+            rng = np.random.default_rng([seed, list(counts).index(split), i])
+            image, mask = _colonoscopy(size, rng, lesions=split == "test/lesion")
             Image.fromarray(image).save(part / split / f"{i:04d}.png", compress_level=3)
             if split == "test/lesion":
                 Image.fromarray(mask).save(part / "ground_truth/lesion" / f"{i:04d}_mask.png")
-        (part / "phantom.json").write_text(made)
+        (part / "phantom.json").write_text(settings)
         if root.is_dir():
             root.rmdir()  # empty
         os.replace(part, root)
@@ -143,7 +142,7 @@ def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
 def _lesion(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, lumen: np.ndarray, colour: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A raised polyp, or one time in four a flat lesion, in view and off the lumen.
+    """A raised polyp, or one time in four a flat lesion, in view and away from the lumen.
 
     returns: coverage (S, S) in [0, 1], height (S, S), shadow around it (S, S), colour (S, S, 3).
     """
@@ -165,10 +164,9 @@ def _lesion(
     dome = np.clip(1 - rho**2, 0, 1) ** rng.uniform(0.7, 1.2) * radius * rng.uniform(0.25, 0.6)
     dome *= (0.08 if flat else 1) * (1 + 0.06 * _noise(rng, size, rng.uniform(5, 11)))
     rim = rng.uniform(0, 0.05 if flat else 0.3) * np.exp(-(((rho - 1.08) / 0.12) ** 2))
-    paint = np.array([(1.04, 0.78, 0.80), (1.03, 1.12, 1.14), (0.9, 0.8, 0.74)][rng.integers(3)])
-    strength = rng.uniform(0.9, 1.6) + (
-        0.7 if flat else 0.4
-    )  # redder, paler or browner than around
+    tints = (1.04, 0.78, 0.80), (1.03, 1.12, 1.14), (0.9, 0.8, 0.74)  # redder, paler, browner
+    paint = np.array(tints[rng.integers(3)])
+    strength = rng.uniform(0.9, 1.6) + (0.7 if flat else 0.4)  # of that tint over the mucosa's
     base = colour.mean(axis=(0, 1)) * 0.6 + colour * 0.4  # vessels fade under it
     pits = rng.uniform(0.02, 0.06) * _noise(rng, size, rng.uniform(22, 40))
     return inside, dome, rim, base * (1 + strength * (paint - 1)) + pits[..., None]

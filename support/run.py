@@ -1,20 +1,16 @@
-"""What every training loop here shares: seeds, checkpoints, processes, the progress line."""
+"""What commands share: their options' errors, files that are whole or not there, processes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import csv
-import functools
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,25 +18,11 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-def generator(*key: int) -> torch.Generator:
-    """A generator that depends on all the numbers of `key` and how many: seed, purpose, step ...
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors on one line."""
 
-    A step's draws need no history, so a resumed run draws what an unbroken one would have. It
-    draws on the CPU, whatever the training runs on.
-    """
-    seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator().manual_seed(seed)
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(count: int, *key: int) -> np.ndarray:
-    """0..count-1 in an order that depends on `key` alone: seed, purpose, epoch. Read-only.
-
-    Kept from step to step: shuffling all patches of a data set anew would cost milliseconds each.
-    """
-    order = np.random.default_rng(key).permutation(count)
-    order.setflags(write=False)
-    return order
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def pick_device(name: str) -> str:
@@ -50,11 +32,6 @@ def pick_device(name: str) -> str:
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {name}")
     return name
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is many times slower."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 # --- files: written beside their place and moved there, so an interruption leaves the old one ----
@@ -211,76 +188,3 @@ def synchronised(module: nn.Module) -> nn.Module:
     """Batch-norm over all ranks where torch has it, which is on GPUs."""
     on_gpu = next(module.parameters()).is_cuda
     return nn.SyncBatchNorm.convert_sync_batchnorm(module) if ranks()[1] > 1 and on_gpu else module
-
-
-# --- the screen ----------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with its errors on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def say(text: str) -> None:
-    """A line on stderr, from the first process only."""
-    if ranks()[0] == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """'42 s', '3 min 20 s' or '2 h 05 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-LINE_EVERY = 30.0  # seconds between progress lines where stderr is no terminal
-LONG = 2 * 3600.0  # seconds: from here on a CPU user is told how to shorten the run
-
-
-class Meter:
-    """Progress of a training: in place on a terminal, a line now and then in a log file.
-
-    done, total: steps before this process, and in all.
-    images:      of one step, over all ranks.
-    """
-
-    def __init__(self, done: int, total: int, images: int, device: torch.device) -> None:
-        self.total, self.images, self.device = total, images, device
-        self.rate = float("nan")  # images a second, from the second step of this process on
-        self.first = done + 1
-        self.began = self.shown = time.monotonic()
-
-    def show(self, step: int, where: str, numbers: dict[str, float], *, last: bool) -> None:
-        """After step number `step`; `last` closes an epoch and always gets its line in a log."""
-        now = time.monotonic()
-        if step <= self.first:  # the first step fills caches and would spoil the estimate
-            self.began = now
-            return
-        per_step = (now - self.began) / (step - self.first)
-        self.rate = self.images / per_step
-        left = per_step * (self.total - step)
-        if step == self.first + 3:
-            self.announce(left)
-        terminal = sys.stderr.isatty()
-        if ranks()[0] == 0 and (terminal or last or now - self.shown > LINE_EVERY):
-            values = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-            line = f"{where}  {values}  {self.rate:.0f} images/s  {duration(left)} left"
-            end = "\n" if not terminal or step == self.total else ""
-            print(f"\r{line}\x1b[K" if terminal else line, end=end, file=sys.stderr, flush=True)
-            self.shown = now
-
-    def announce(self, left: float) -> None:
-        """The estimate of the first steps, and how to shorten what a CPU would take hours for."""
-        start = "\r" if sys.stderr.isatty() else ""
-        say(f"{start}{self.total} steps, about {duration(left)}")
-        if self.device.type == "cpu" and left > LONG:
-            say(
-                "that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish;"
-                " or lower --epochs and --image-size, or use a GPU"
-            )

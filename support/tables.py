@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from support.layouts import Sample
+from support.layouts import Dataset, Sample
 from support.run import write_file
 
 _DETECTION = ("AUC", "Specificity", "Sensitivity", "Accuracy")
@@ -96,20 +96,26 @@ PAPER_FIGURES: dict[int, tuple[str, tuple[str, ...], dict[str, tuple[float | Non
     7: ("PaDiM on Hyper-Kvasir, 0.98 to 0.99 at |A| = 4", (), {}),
 }
 # fmt: on
-_OURS = {"padim": "PMSACL - PaDiM", "igd": "PMSACL - IGD"}  # our row -> the paper's
+Printed = tuple[str, tuple[str, ...], Mapping[str, Sequence[float | None]]]
+PRINTED: dict[str, Printed] = {f"table {n}": table for n, table in PAPER.items()}
+PRINTED |= {f"figure {n}": figure for n, figure in PAPER_FIGURES.items()}
+_COUNTERPARTS = {"padim": "PMSACL - PaDiM", "igd": "PMSACL - IGD"}  # our row -> the paper's
 
 
-def write_results(run: Path, results: Mapping[str, Any]) -> None:
-    """results.json as given; results.md in the paper's column order if a detector was measured."""
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write results.json and, if a detector was measured, results.md.
+
+    results: whatever results.json is to hold, rows of detectors among it.
+    """
     content = json.dumps(
         results,
         indent=2,
         allow_nan=False,
         default=lambda v: v.item() if isinstance(v, np.generic) else str(v),
     )
-    write_file(run / "results.json", f"{content}\n".encode())
+    write_file(folder / "results.json", f"{content}\n".encode())
     if measured(results):
-        write_file(run / "results.md", results_table(results).encode())
+        write_file(folder / "results.md", results_table(results).encode())
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,29 +123,36 @@ def measured(results: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in results.items() if isinstance(v, dict) and "image_auroc" in v}
 
 
+def origin(dataset: Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
+    """What a row was measured on: rows are comparable if this is the same."""
+    source = {"layout": dataset.layout, "root": str(dataset.root)}
+    return source | {"seed": seed, "paper_protocol": paper_protocol}
+
+
 def results_table(results: Mapping[str, Any]) -> str:
     """results.md: the columns of Tables 1 and 6, then thresholds and notes.
 
     The paper's row stands below ours only if Dataset.layout says that the data set is
-    Hyper-Kvasir: the paper's archive, or the site's images, of which it is a draw.
+    Hyper-Kvasir: the paper's archive, or the site's images, of which the archive is a subset.
     """
     rows = measured(results)
     first = next(iter(rows.values()))
-    origin, count = first.get("data", {"layout": "layout not said", "root": "-"}), first["images"]
-    ours = _OURS if origin["layout"].replace("-", "").lower().startswith("hyperkvasir") else {}
+    source = first.get("data", {"layout": "unknown layout", "root": "-"})
+    count, layout = first["images"], source["layout"].replace("-", "").lower()
+    counterparts = _COUNTERPARTS if layout.startswith("hyperkvasir") else {}
     text = [
         "# Results\n",
-        f"{origin['root']} ({origin['layout']}). Thresholds from {count['validation_normal']} "
+        f"{source['root']} ({source['layout']}). Thresholds from {count['validation_normal']} "
         f"normal and {count['validation_abnormal']} abnormal test images; measured on "
         f"{count['test_normal']} normal and {count['test_abnormal']} abnormal ones. "
-        f"Start weights: {results.get('init', 'not said')}.\n",
-        _table(1, rows, ("image_auroc", "specificity", "sensitivity", "accuracy"), ours),
+        f"Start weights: {results.get('init', 'unknown')}.\n",
+        _table(1, rows, ("image_auroc", "specificity", "sensitivity", "accuracy"), counterparts),
     ]
     segmented = {name: row for name, row in rows.items() if "iou" in row}
     if segmented:
-        keys, more = ("iou", "dice", "pro", "aupro", "pixel_auroc"), ("Pro, all", "pixel AUROC")
+        keys, added = ("iou", "dice", "pro", "aupro", "pixel_auroc"), ("Pro, all", "pixel AUROC")
         text += [
-            _table(6, segmented, keys, ours, more),
+            _table(6, segmented, keys, counterparts, added),
             "IoU, Dice and Pro: abnormal images, mean (± standard deviation) over groups as in "
             "Table 6. Last two columns: all measured images, normal ones too.\n",
         ]
@@ -159,23 +172,36 @@ def _table(
     number: int,
     rows: Mapping[str, Any],
     keys: Sequence[str],
-    ours: Mapping[str, str],
-    more: Sequence[str] = (),
+    counterparts: Mapping[str, str],
+    added: Sequence[str] = (),
 ) -> str:
-    """Our rows under the header of the paper's table; the paper's row below its own."""
-    header = ["", *PAPER[number][1], *more]
-    lines = [header, ["---"] * len(header)]
+    """Our rows under the header of one of the paper's tables.
+
+    number:       of the paper's table.
+    keys:         of a row, one for each column.
+    counterparts: our row -> the paper's row to show below it.
+    added:        columns that the paper's table lacks.
+    """
+    header = ["", *PAPER[number][1], *added]
+    lines = [header]
     for name, row in rows.items():
         sd = ("" if row.get(f"{k}_sd") is None else f" ± {row[f'{k}_sd']:.3f}" for k in keys)
         lines.append([name, *(f"{row[k]:.3f}{d}" for k, d in zip(keys, sd, strict=True))])
-        if name in ours:
-            printed = [f"{v:.3f}" for v in PAPER[number][2][ours[name]]]
-            lines.append([f"paper, Table {number}: {ours[name]}", *printed, *("" for _ in more)])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        if counterpart := counterparts.get(name):
+            printed = [f"{value:.3f}" for value in PAPER[number][2][counterpart]]
+            lines.append([f"paper, Table {number}: {counterpart}", *printed, *("" for _ in added)])
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of lines of cells; the first is its header."""
+    header, *rest = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    ruled = [header, ["---"] * len(header), *rest]
+    return "".join("| " + " | ".join(line) + " |\n" for line in ruled)
 
 
 def write_scores(
-    run: Path,
+    folder: Path,
     samples: Sequence[Sample],
     scores: Mapping[str, NDArray[Any]],
     rows: Mapping[str, Any],
@@ -192,4 +218,4 @@ def write_scores(
         for name, s in scores.items():
             cells += [float(s[i]), int(s[i] >= rows[name]["threshold"])]
         writer.writerow(cells)
-    write_file(run / "scores.csv", text.getvalue().encode())
+    write_file(folder / "scores.csv", text.getvalue().encode())

@@ -1,4 +1,4 @@
-"""data.py: reading as a viewer shows, masks, the decode cache, progress."""
+"""data.py: reading as a viewer shows, masks, the decode cache."""
 
 from __future__ import annotations
 
@@ -355,36 +355,3 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         data.decode([picture(tmp_path / "a.png")], S, tmp_path / "file/cache")
-
-
-# ------------------------------------------------------------------------------- progress
-
-
-class Screen(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
-    clock = iter(np.arange(0, 1000, 0.5))
-    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
-    screen = Screen()
-    monkeypatch.setattr(data.sys, "stderr", screen)
-    assert list(data.progress("abcd", 4, "reading")) == list("abcd")
-    shown = screen.getvalue()
-    assert "\rreading 1/4, 0:02 left" in shown and shown.count("\n") == 1
-    assert shown.rstrip().endswith("reading 4/4 in 0:02")
-
-
-def test_progress_elsewhere_prints_lines_at_intervals(monkeypatch, capsys):
-    clock = iter(np.arange(0, 100000, 60.0))
-    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(data, "LINE_EVERY", 3000)
-    list(data.progress(range(100), 100, "reading"))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["reading 50/100, 50:00 left", "reading 100/100 in 1:41:00"]
-
-
-def test_progress_is_silent_when_short_and_in_a_file(capsys):
-    list(data.progress(range(3), 3, "reading"))
-    assert capsys.readouterr().err == ""

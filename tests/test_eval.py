@@ -17,8 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import eval as ev
+import eval as evaluation
 import measures
+from detectors import PaDiM
+from encoder import ResNet18
+from igd import IGD
 from support import layouts
 
 U64 = 2.0**-53  # one rounding in float64
@@ -30,16 +33,16 @@ U64 = 2.0**-53  # one rounding in float64
 @given(st.integers(2, 130), st.integers(2, 130), st.integers(0, 9))
 def test_validation_takes_fifty_or_half_of_each_class(normal, abnormal, seed):
     labels = np.random.default_rng(seed).permutation([0] * normal + [1] * abnormal)
-    chosen = ev.validation_split(labels, seed)
+    chosen = evaluation.validation_split(labels, seed)
     assert (chosen & (labels == 0)).sum() == min(50, normal // 2)
     assert (chosen & (labels == 1)).sum() == min(50, abnormal // 2)
-    assert (chosen == ev.validation_split(labels, seed)).all()
+    assert (chosen == evaluation.validation_split(labels, seed)).all()
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], [0, 0, 1], []])
 def test_a_test_split_without_two_of_each_class_is_refused(labels):
     with pytest.raises(ValueError, match="two of each"):
-        ev.protocol(np.zeros(len(labels)), labels, seed=0)
+        evaluation.protocol(np.zeros(len(labels)), labels, seed=0)
 
 
 def cases(normal=20, abnormal=24, side=16, seed=0):
@@ -56,8 +59,8 @@ def cases(normal=20, abnormal=24, side=16, seed=0):
 
 def test_protocol_measures_the_images_that_set_no_threshold():
     scores, labels, maps, masks, known = cases()
-    row = ev.protocol(scores, labels, maps, masks, known, seed=3)
-    val = ev.validation_split(labels, 3)
+    row = evaluation.protocol(scores, labels, maps, masks, known, seed=3)
+    val = evaluation.validation_split(labels, 3)
     assert row["threshold"] == measures.youden_threshold(scores[val], labels[val])
     assert row["image_auroc"] == measures.auroc(scores[~val], labels[~val])
     want = measures.confusion(scores[~val], labels[~val], row["threshold"])
@@ -87,7 +90,7 @@ def test_protocol_measures_the_images_that_set_no_threshold():
 
 def test_paper_protocol_measures_every_image_with_the_same_thresholds():
     case = cases()
-    row, paper = (ev.protocol(*case, seed=3, paper_protocol=p) for p in (False, True))
+    row, paper = (evaluation.protocol(*case, seed=3, paper_protocol=p) for p in (False, True))
     assert paper["threshold"] == row["threshold"]
     assert paper["pixel_threshold"] == row["pixel_threshold"]
     assert paper["image_auroc"] == measures.auroc(case[0], case[1])
@@ -103,33 +106,39 @@ def test_images_without_a_mask_are_left_out_of_the_pixel_measures():
     masks[odd] = False
     spoilt = maps.copy()
     spoilt[odd] = 99  # would count as false alarms
-    rows = [ev.protocol(scores, labels, m, masks, known, seed=0) for m in (maps, spoilt)]
+    rows = [evaluation.protocol(scores, labels, m, masks, known, seed=0) for m in (maps, spoilt)]
     assert rows[0] == rows[1]
     assert any("12 abnormal images have no mask" in note for note in rows[0]["notes"])
-    none = ev.protocol(scores, labels, maps, masks, labels == 0, seed=0)
+    none = evaluation.protocol(scores, labels, maps, masks, labels == 0, seed=0)
     assert "aupro" not in none and any("Too few masks" in note for note in none["notes"])
-    assert "aupro" not in ev.protocol(scores, labels, maps, None, None, seed=0)
+    assert "aupro" not in evaluation.protocol(scores, labels, maps, None, None, seed=0)
 
 
-def test_groups_of_abnormal_images():
-    small = ev.Config(groups=5, group_size=10)
-    disjoint = ev.abnormal_groups(np.arange(100, 157), 0, small)
+def test_groups_of_abnormal_images(monkeypatch):
+    for name, size in (("GROUPS", 5), ("GROUP_SIZE", 10)):
+        monkeypatch.setattr(evaluation, name, size)
+    disjoint = evaluation.abnormal_groups(np.arange(100, 157), 0)
     assert [len(g) for g in disjoint] == [10] * 5
     assert len(set(np.concatenate(disjoint).tolist())) == 50
-    shared = ev.abnormal_groups(np.arange(12), 0, small)
+    shared = evaluation.abnormal_groups(np.arange(12), 0)
     assert [len(set(g.tolist())) for g in shared] == [10] * 5
-    assert len(ev.abnormal_groups(np.arange(10), 0, small)) == 1
-    case = cases()
-    row = ev.protocol(*case, seed=0, config=ev.Config(validation=4, groups=5, group_size=4))
-    val = ev.validation_split(case[1], 0, ev.Config(validation=4))
-    groups = ev.abnormal_groups(
-        np.flatnonzero(case[1] & ~val), 0, ev.Config(groups=5, group_size=4)
-    )
-    dices = [mean_dice(case[2], case[3], g, row["pixel_threshold"]) for g in groups]
-    assert row["dice"] == pytest.approx(np.mean(dices))
-    assert row["dice_sd"] == pytest.approx(np.std(dices, ddof=1))
-    pros = [measures.aupro(case[2][g], case[3][g]) for g in groups]
-    assert (row["pro"], row["pro_sd"]) == pytest.approx((np.mean(pros), np.std(pros, ddof=1)))
+    assert len(evaluation.abnormal_groups(np.arange(10), 0)) == 1
+
+
+def test_iou_dice_and_pro_are_means_over_the_groups(monkeypatch):
+    for name, size in (("VALIDATION", 4), ("GROUPS", 5), ("GROUP_SIZE", 4)):
+        monkeypatch.setattr(evaluation, name, size)
+    _, labels, maps, masks, _ = case = cases()
+    row = evaluation.protocol(*case, seed=0)
+    val = evaluation.validation_split(labels, 0)
+    assert val.sum() == 8
+    groups = evaluation.abnormal_groups(np.flatnonzero(labels & ~val), 0)
+    ious = [measures.iou(maps[g] >= row["pixel_threshold"], masks[g]).mean() for g in groups]
+    dices = [mean_dice(maps, masks, g, row["pixel_threshold"]) for g in groups]
+    pros = [measures.aupro(maps[g], masks[g]) for g in groups]
+    for name, values in (("iou", ious), ("dice", dices), ("pro", pros)):
+        assert len(values) == 5 and row[name] == pytest.approx(np.mean(values))
+        assert row[f"{name}_sd"] == pytest.approx(np.std(values, ddof=1))
 
 
 # --- Scoring, evaluation and the command line ----------------------------------------------------
@@ -190,7 +199,7 @@ def run(tmp_path, monkeypatch):
     for name in ("detector.pt", "detector_igd.pt"):
         (folder / name).touch()
     monkeypatch.setattr(
-        ev, "load_detector", lambda p, device: (Igd if "igd" in p.name else Padim)()
+        evaluation, "load", lambda path, device: (Igd if "igd" in path.name else Padim)()
     )
     return folder
 
@@ -199,7 +208,7 @@ def refused(capsys, *arguments):
     """The one line that a mistake prints; checks the exit status, 2."""
     status: object
     try:
-        status = ev.main([str(a) for a in arguments])
+        status = evaluation.main([str(a) for a in arguments])
     except SystemExit as stopped:
         status = stopped.code
     out, err = capsys.readouterr()
@@ -207,15 +216,73 @@ def refused(capsys, *arguments):
     return err
 
 
+@pytest.fixture(scope="module")
+def fitted():
+    """One detector of each kind, for images of 32 pixels, and images to score."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 3, 32, 32, generator=generator)
+    padim = PaDiM(ResNet18(generator), channels=9).fit(images)
+    igd = IGD(ResNet18(generator), image_size=32, epochs=1, batch_size=3, width=4).fit(
+        (255 * images).byte().numpy()
+    )
+    return {"padim": padim, "igd": igd}, images
+
+
+@pytest.mark.parametrize("kind", ["padim", "igd"])
+def test_load_reads_any_detector_by_its_kind(kind, fitted, tmp_path):
+    detectors, images = fitted
+    detectors[kind].save(tmp_path / "detector.pt")
+    loaded = evaluation.load(str(tmp_path / "detector.pt"), "cpu")
+    assert type(loaded) is type(detectors[kind])
+    for a, b in zip(loaded.score(images), detectors[kind].score(images), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_load_refuses_files_of_another_kind(tmp_path):
+    torch.save({"kind": "magic"}, tmp_path / "magic.pt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "weights.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("no detector")
+    (tmp_path / "empty.pt").touch()
+    for name, named in (
+        ("magic", "unknown kind 'magic'"),
+        ("weights", "not a detector file"),
+        ("list", "not a detector file"),
+        ("text", "no detector, or a damaged one"),
+        ("empty", "no detector, or a damaged one"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.pt: .*{named}") as caught:
+            evaluation.load(tmp_path / f"{name}.pt", "cpu")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        evaluation.load(tmp_path / "none.pt", "cpu")
+
+
+def test_measures_take_what_a_detector_gives(fitted):
+    detectors, images = fitted
+    masks = torch.zeros(6, 32, 32, dtype=torch.bool)
+    masks[3:, 8:16, 8:20] = True
+    labels = masks.any(2).any(1)
+    for detector in detectors.values():
+        maps, scores = detector.score(images)
+        array, m = maps.cpu().numpy(), masks.numpy()
+        assert measures.aupro(maps, masks) == measures.aupro(array, m)
+        assert measures.auroc(maps, masks) == measures.auroc(array, m)
+        assert measures.auroc(scores, labels) == measures.auroc(scores.tolist(), labels.tolist())
+
+
 def test_score_set_does_not_depend_on_the_batch(monkeypatch):
     images = np.random.default_rng(0).integers(0, 255, (7, 3, 32, 32), np.uint8)
     Padim.calls = []
-    one, two = ev.score_set(Padim(), images, batch=3), ev.score_set(Padim(), images, batch=7)
+    one, two = (
+        evaluation.score_set(Padim(), images, batch=3),
+        evaluation.score_set(Padim(), images, batch=7),
+    )
     assert Padim.calls == [3, 3, 1, 7]
     assert all((a == b).all() and a.dtype == np.float32 for a, b in zip(one, two, strict=True))
 
-    monkeypatch.setattr(ev, "MAPS_IN_MEMORY", 0)
-    scores, maps = ev.score_set(Padim(), images, batch=3)
+    monkeypatch.setattr(evaluation, "MAPS_IN_MEMORY", 0)
+    scores, maps = evaluation.score_set(Padim(), images, batch=3)
     assert isinstance(maps, np.memmap) and (maps == one[1]).all() and (scores == one[0]).all()
 
     class Broken(Padim):
@@ -223,13 +290,13 @@ def test_score_set_does_not_depend_on_the_batch(monkeypatch):
             return tuple(v * math.nan for v in super().score(images))
 
     with pytest.raises(ValueError, match="NaN in images 0 to 2"):
-        ev.score_set(Broken(), images, batch=3)
+        evaluation.score_set(Broken(), images, batch=3)
 
 
 def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):
     old = {"untrained": {"image_auroc": 0.5}, "init": "random", "seconds": {"fit": 2}}
     (run / "results.json").write_text(json.dumps(old))
-    assert ev.main([str(run), "--batch-size", "5"]) == 0
+    assert evaluation.main([str(run), "--batch-size", "5"]) == 0
     out, err = capsys.readouterr()
     assert "left out: the row untrained" in err  # it says nothing about its data
     assert out == (run / "results.md").read_text()
@@ -250,16 +317,16 @@ def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):
         assert r["padim_predicted"] == str(int(above)) and Path(r["path"]).is_file()
     stored["untrained"] = stored["padim"]
     (run / "results.json").write_text(json.dumps(stored))
-    assert ev.main([str(run)]) == 0  # the same data: the row stays
+    assert evaluation.main([str(run)]) == 0  # the same data: the row stays
     assert "untrained" in json.loads((run / "results.json").read_text())
-    assert ev.main([str(run), "--paper-protocol"]) == 0
+    assert evaluation.main([str(run), "--paper-protocol"]) == 0
     stored = json.loads((run / "results.json").read_text())
     assert "untrained" not in stored and stored["igd"]["images"]["test_normal"] == 6
 
 
 def test_evaluate_without_masks_skips_the_pixel_measures(run, tmp_path):
     (tmp_path / "set" / "ground_truth").rename(tmp_path / "elsewhere")
-    assert ev.main([str(run)]) == 0
+    assert evaluation.main([str(run)]) == 0
     row = json.loads((run / "results.json").read_text())["padim"]
     assert "image_auroc" in row and "aupro" not in row and "iou" not in row
     assert "IoU" not in (run / "results.md").read_text()
@@ -268,14 +335,14 @@ def test_evaluate_without_masks_skips_the_pixel_measures(run, tmp_path):
 def test_evaluate_takes_as_many_images_as_samples(tmp_path):
     dataset = layouts.discover(make_set(tmp_path / "set"))
     with pytest.raises(ValueError, match="3 images for 12 test samples"):
-        ev.evaluate(tmp_path, dataset, {}, np.zeros((3, 3, 32, 32), np.uint8), seed=0)
+        evaluation.evaluate(tmp_path, dataset, {}, np.zeros((3, 3, 32, 32), np.uint8), seed=0)
     one = dataclasses.replace(dataset, test=dataset.test[:6])
     with pytest.raises(ValueError, match="both classes"):
-        ev.evaluate(tmp_path, one, {}, np.zeros((6, 3, 32, 32), np.uint8), seed=0)
+        evaluation.evaluate(tmp_path, one, {}, np.zeros((6, 3, 32, 32), np.uint8), seed=0)
 
 
 def test_new_images_are_scored_with_a_line_and_a_heat_map_each(run, tmp_path, capsys):
-    assert ev.main([str(run)]) == 0
+    assert evaluation.main([str(run)]) == 0
     capsys.readouterr()
     new = tmp_path / "new"
     (new / "inside").mkdir(parents=True)
@@ -283,7 +350,7 @@ def test_new_images_are_scored_with_a_line_and_a_heat_map_each(run, tmp_path, ca
         source = tmp_path / "set" / "test" / ("spot" if k else "good") / f"{k}.png"
         Image.open(source).save(new / name)
     Image.open(new / "a.png").save(new / "a.bmp")
-    assert ev.main([str(run), "--score", str(new), "--batch-size", "2"]) == 0
+    assert evaluation.main([str(run), "--score", str(new), "--batch-size", "2"]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [str(Path(c[0]).relative_to(new)) for c in lines] == [
         "a.bmp",
@@ -309,14 +376,16 @@ def test_new_images_are_scored_with_a_line_and_a_heat_map_each(run, tmp_path, ca
         "b.heatmap.png",
         "inside/a.heatmap.png",
     ]
-    assert ev.main([str(run), "--score", str(new)]) == 0  # our heat maps are neither read nor kept
+    assert (
+        evaluation.main([str(run), "--score", str(new)]) == 0
+    )  # our heat maps are neither read nor kept
     assert len(capsys.readouterr().out.splitlines()) == 4
-    assert ev.main([str(run), "--score", str(new / "b.png")]) == 0
+    assert evaluation.main([str(run), "--score", str(new / "b.png")]) == 0
     assert capsys.readouterr().out.startswith(f"{new / 'b.png'}\tpadim\t")
 
 
 def test_scoring_never_replaces_a_file_of_the_users(run, tmp_path, capsys):
-    assert ev.main([str(run)]) == 0
+    assert evaluation.main([str(run)]) == 0
     capsys.readouterr()
     new = tmp_path / "new"
     new.mkdir()
@@ -332,7 +401,7 @@ def test_scoring_never_replaces_a_file_of_the_users(run, tmp_path, capsys):
 
 def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):
     image = tmp_path / "set" / "test" / "good" / "0.png"
-    assert ev.main([str(run)]) == 0
+    assert evaluation.main([str(run)]) == 0
     capsys.readouterr()
     stamps = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     bad = tmp_path / "bad.png"
@@ -364,32 +433,51 @@ def test_without_test_images_scores_stand_without_a_verdict(run, tmp_path, capsy
     new = tmp_path / "new"
     new.mkdir()
     shutil.copy(tmp_path / "set" / "test" / "good" / "0.png", new / "a.png")
-    assert ev.main([str(run), "--score", str(new)]) == 0
+    assert evaluation.main([str(run), "--score", str(new)]) == 0
     [line] = capsys.readouterr().out.splitlines()
     _, padim, score, igd, other = line.split("\t")
     assert (padim, igd) == ("padim", "igd") and float(score) > 0 and float(other) > 0
     assert (new / "a.heatmap.png").exists()
 
 
+def test_without_test_images_the_first_new_ones_set_the_scale(run, tmp_path, capsys, monkeypatch):
+    scales = []
+
+    def noted(image, maps, of_detectors, *rest, **more):
+        scales.append(dict(of_detectors))
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(evaluation.figures, "heatmap_figure", noted)
+    monkeypatch.setattr(evaluation, "MAPS_FOR_SCALE", 3)
+    new = tmp_path / "new"
+    shutil.copytree(tmp_path / "set" / "test", new)
+    assert evaluation.main([str(run), "--score", str(new), "--batch-size", "2"]) == 0
+    files = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    first = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files[:3]])
+    for name, stand_in in (("padim", Padim()), ("igd", Igd())):
+        scale = evaluation.figures.map_scale(stand_in.score(first)[0].numpy())
+        assert [of_image[name] for of_image in scales] == [scale] * 12
+
+
 def test_interrupted_scoring_says_so(run, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ev, "score_files", interrupted)
-    assert ev.main([str(run), "--score", "x"]) == 130
+    monkeypatch.setattr(evaluation, "score_files", interrupted)
+    assert evaluation.main([str(run), "--score", "x"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_an_unwritable_folder_is_found_before_anything_is_written(
     run, tmp_path, capsys, monkeypatch
 ):
-    assert ev.main([str(run)]) == 0
+    assert evaluation.main([str(run)]) == 0
     capsys.readouterr()
 
     def refuse(*, dir):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(ev.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(evaluation.tempfile, "TemporaryFile", refuse)
     image = tmp_path / "set" / "test" / "good" / "0.png"
     assert "Permission denied" in refused(capsys, run, "--score", image)
     assert not list(tmp_path.rglob("*.heatmap.png"))

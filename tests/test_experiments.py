@@ -11,8 +11,7 @@ import pytest
 
 import experiments
 from support import phantom, tables
-from support.figures import dot_chart
-from support.options import PRESETS, Config, settle
+from support.options import PRESETS, Config, make_config
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -25,8 +24,8 @@ def images(tmp_path_factory) -> Path:
 
 
 def config(**changes):
-    given = {"data": "/x/kvasir", "device": "cpu", "image_size": 32, "init": "random"}
-    return settle(given | changes)
+    common = {"data": "/x/kvasir", "device": "cpu", "image_size": 32, "init": "random"}
+    return make_config(common | changes)
 
 
 def finished(out: Path, settings: Config, auroc: float, log: str = "") -> Path:
@@ -67,8 +66,8 @@ def test_rows_of_table_8_differ_by_what_they_are_called():
 
 
 def test_a_table_shows_the_papers_detector_unless_told():
-    def shown(name, **given):
-        [row] = experiments.rows_of(name, {"medmix": ""}, {"data": "x"} | given, 1)[:1]
+    def shown(name, **options):
+        [row] = experiments.rows_of(name, {"medmix": ""}, {"data": "x"} | options, 1)[:1]
         return row.configs[0].detector, row.detector
 
     assert shown("figure 7") == ("padim", "padim") and shown("figure 6") == ("igd", "igd")
@@ -179,9 +178,9 @@ def test_files_that_are_something_else_are_named(tmp_path, capsys):
 
 def test_tables_of_two_data_sets_do_not_overwrite_each_other(tmp_path):
     for data in ("/x/images", "/y/images"):
-        given = {"data": data, "skip_bad": True}
-        rows = experiments.rows_of("s", {"a": ""}, given, 1)
-        assert "`--skip-bad`" in experiments.write("s", rows, given, tmp_path)
+        common = {"data": data, "skip_bad": True}
+        rows = experiments.rows_of("s", {"a": ""}, common, 1)
+        assert "`--skip-bad`" in experiments.write("s", rows, common, tmp_path)
     assert len(list(tmp_path.glob("*.md"))) == 2
 
 
@@ -202,11 +201,11 @@ def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
             raise ValueError("no weights")
         finished(tmp_path, settings, 0.5)
 
-    monkeypatch.setattr(experiments, "run", lambda settings, out: job(settings, out))
+    monkeypatch.setattr(experiments, "run_job", lambda settings, out: job(settings, out))
     rows = experiments.rows_of("s", {"a": "--alpha 3", "b": "--alpha 4"}, vars(config()), 2)
     last = list(experiments.carry_out("s", rows, tmp_path))[-1]
     assert tried == [(3, 0), (4, 0), (4, 1)]  # a seed of all rows before the next seed
-    assert [len(row.results) for row in last] == [0, 2] and last[0].trouble == "no weights"
+    assert [len(row.results) for row in last] == [0, 2] and last[0].failure == "no weights"
     text = experiments.markdown("t", last, 3)
     assert "| a | 0 | not run |" in text and "a failed: no weights" in text
 
@@ -257,7 +256,7 @@ def test_a_mistake_is_one_line(arguments, named, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- tables and charts --------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def test_the_papers_figure_stands_beside_ours(tmp_path):
@@ -274,19 +273,6 @@ def test_table_5_shows_the_papers_deviations_as_rows():
     rows = experiments.rows_of("table 5", experiments.ROWS["table 5"], {"data": "x"}, 5)
     text = experiments.markdown("t", rows, 4)
     assert "| paper: LAG |" in text and "0.0163" in text
-
-
-def test_a_chart_shows_each_row_and_keeps_its_marks_inside():
-    values = {"a": [0.6, 0.7, 0.8], "one run": [0.9], "none": []}
-    paper = {"paper: AUC": {"a": 0.99, "none": None}}
-    picture = dot_chart(values, paper, title="T", axis="AUROC", note="note " * 40)
-    assert picture.height > 34 * 3 and picture.width > 640
-    colours = {colour for _, colour in picture.getcolors(2**16)}
-    assert {(31, 95, 168), (217, 115, 13), (143, 180, 221)} <= colours
-    empty = dot_chart({"none": []}, {}, title="T", axis="AUROC")
-    assert empty.width >= 640
-    same = dot_chart({"a": [0.5]}, {}, title="T", axis="AUROC")
-    assert same.height == empty.height
 
 
 def test_the_papers_tables_8_to_10_are_as_printed():

@@ -13,12 +13,12 @@ from support import data, layouts
 
 
 def test_mvtec(tmp_path):
-    found = layouts.discover(mvtec(tmp_path))
-    assert found.layout == "MVTec" and found.has_masks and len(found.train) == 3
-    assert [(s.kind, s.label) for s in found.test] == [("good", 0)] * 3 + [("polyp", 1)] * 3
-    assert [s.mask and s.mask.name for s in found.test[3:]] == [f"{i}_mask.png" for i in range(3)]
-    assert all(s.mask is None for s in found.test[:3])
-    found.check_test()
+    dataset = layouts.discover(mvtec(tmp_path))
+    assert dataset.layout == "MVTec" and dataset.has_masks and len(dataset.train) == 3
+    assert [(s.kind, s.label) for s in dataset.test] == [("good", 0)] * 3 + [("polyp", 1)] * 3
+    assert [s.mask and s.mask.name for s in dataset.test[3:]] == [f"{i}_mask.png" for i in range(3)]
+    assert all(s.mask is None for s in dataset.test[:3])
+    dataset.check_test()
 
 
 def test_masks_match_by_stem_and_never_by_order(tmp_path):
@@ -32,9 +32,9 @@ def test_masks_match_by_stem_and_never_by_order(tmp_path):
 def test_one_defect_with_masks_and_one_without(tmp_path):
     mvtec(tmp_path)
     picture(tmp_path / "test/bleeding/0.jpg")
-    found = layouts.discover(tmp_path)
-    masks, known = data.decode_masks(found.test, 32, tmp_path / "cache")
-    by_kind = {s.kind: bool(k) for s, k in zip(found.test, known, strict=True)}
+    dataset = layouts.discover(tmp_path)
+    masks, known = data.decode_masks(dataset.test, 32, tmp_path / "cache")
+    by_kind = {s.kind: bool(k) for s, k in zip(dataset.test, known, strict=True)}
     assert by_kind == {"good": True, "polyp": True, "bleeding": False}
     assert masks.shape == (7, 32, 32) and not masks[~known].any()
 
@@ -48,9 +48,9 @@ def test_bmad(tmp_path, level, name):
     lesion(tmp_path / f"test/good/{name}/g.png", value=0)
     picture(tmp_path / f"test/Ungood/{level}u.png")
     lesion(tmp_path / f"test/Ungood/{name}/u.png")
-    found = layouts.discover(tmp_path)
-    assert found.layout == "BMAD" and len(found.train) == 1
-    assert {(s.path.name, s.label, s.mask is not None) for s in found.test} == {
+    dataset = layouts.discover(tmp_path)
+    assert dataset.layout == "BMAD" and len(dataset.train) == 1
+    assert {(s.path.name, s.label, s.mask is not None) for s in dataset.test} == {
         ("g.png", 0, False),
         ("u.png", 1, True),
     }
@@ -68,9 +68,9 @@ def test_hyper_kvasir_archive(tmp_path):
     picture(tmp_path / "test_set/normal_test/b.jpg")
     picture(tmp_path / "test_set/abnormal_test/c.jpg")
     lesion(tmp_path / "test_set/masks/c.png")
-    found = layouts.discover(tmp_path)
-    assert found.layout == "Hyper-Kvasir archive"
-    assert sorted((s.label, s.mask is not None) for s in found.test) == [(0, False), (1, True)]
+    dataset = layouts.discover(tmp_path)
+    assert dataset.layout == "Hyper-Kvasir archive"
+    assert sorted((s.label, s.mask is not None) for s in dataset.test) == [(0, False), (1, True)]
 
 
 def test_train_test_normal_abnormal_in_any_case(tmp_path):
@@ -78,10 +78,10 @@ def test_train_test_normal_abnormal_in_any_case(tmp_path):
     picture(tmp_path / "Train/Abnormal/x.png")
     picture(tmp_path / "Test/NORMAL/b.png")
     picture(tmp_path / "Test/ABNORMAL/c.png")
-    found = layouts.discover(tmp_path)
-    assert found.layout == "train|test/{normal,abnormal}" and not found.has_masks
-    assert [p.name for p in found.train] == ["a.PNG"]
-    assert sorted(s.label for s in found.test) == [0, 1]
+    dataset = layouts.discover(tmp_path)
+    assert dataset.layout == "train|test/{normal,abnormal}" and not dataset.has_masks
+    assert [p.name for p in dataset.train] == ["a.PNG"]
+    assert sorted(s.label for s in dataset.test) == [0, 1]
 
 
 def test_medianomaly(tmp_path):
@@ -90,9 +90,9 @@ def test_medianomaly(tmp_path):
     lesion(tmp_path / "masks/d.png")
     lists = {"train": {"0": ["a.png"]}, "test": {"0": ["b.png"], "1": ["c.png", "d.png"]}}
     (tmp_path / "data.json").write_text(json.dumps(lists))
-    found = layouts.discover(tmp_path)
-    assert found.layout == "MedIAnomaly" and [p.name for p in found.train] == ["a.png"]
-    assert [(s.kind, s.label, s.mask is not None) for s in found.test] == [
+    dataset = layouts.discover(tmp_path)
+    assert dataset.layout == "MedIAnomaly" and [p.name for p in dataset.train] == ["a.png"]
+    assert [(s.kind, s.label, s.mask is not None) for s in dataset.test] == [
         ("normal", 0, False),
         ("abnormal", 1, False),
         ("abnormal", 1, True),
@@ -128,14 +128,14 @@ def kvasir(root: Path, normal: int = 2166, polyps: int = 1000) -> Path:
 
 def test_hyperkvasir_as_shipped_draws_the_papers_sizes(tmp_path):
     kvasir(tmp_path)
-    found = layouts.discover(tmp_path, seed=3)
-    train, test = set(found.train), {s.path for s in found.test}
-    assert found.layout == "HyperKvasir" and not train & test
-    assert (len(train), sum(s.label == 0 for s in found.test)) == (1600, 500)
-    lesions = [s for s in found.test if s.label]
+    dataset = layouts.discover(tmp_path, seed=3)
+    train, test = set(dataset.train), {s.path for s in dataset.test}
+    assert dataset.layout == "HyperKvasir" and not train & test
+    assert (len(train), sum(s.label == 0 for s in dataset.test)) == (1600, 500)
+    lesions = [s for s in dataset.test if s.label]
     assert len(lesions) == 1000 and all(s.mask and s.mask.stem == s.path.stem for s in lesions)
-    assert layouts.discover(tmp_path, seed=3) == found
-    assert layouts.discover(tmp_path, seed=4).train != found.train
+    assert layouts.discover(tmp_path, seed=3) == dataset
+    assert layouts.discover(tmp_path, seed=4).train != dataset.train
 
 
 def test_hyperkvasir_that_is_incomplete(tmp_path):
@@ -147,9 +147,9 @@ def test_one_folder(tmp_path):
     names = [f"{7 * i % 40:02d}.{'jpg' if i % 2 else 'png'}" for i in range(40)]
     for name in names:
         (tmp_path / name).touch()
-    found = layouts.discover(tmp_path)
-    assert [p.name for p in found.train] == sorted(names) and found.test == ()
-    found.check_test()  # nothing to measure is no mistake
+    dataset = layouts.discover(tmp_path)
+    assert [p.name for p in dataset.train] == sorted(names) and dataset.test == ()
+    dataset.check_test()  # nothing to measure is no mistake
 
 
 def test_symlinks_uppercase_and_hidden_files(tmp_path):
@@ -164,9 +164,9 @@ def test_symlinks_uppercase_and_hidden_files(tmp_path):
     (store / "deep/.cache").mkdir()
     picture(store / "deep/.cache/z.png")
     picture(store / "deep/__MACOSX/z.png")
-    found = layouts.discover(root)
-    assert [p.name for p in found.train] == ["link.PNG", "x.JPG"]
-    assert data.decode(found.train, 32, tmp_path / "cache")[0].shape == (2, 3, 32, 32)
+    dataset = layouts.discover(root)
+    assert [p.name for p in dataset.train] == ["link.PNG", "x.JPG"]
+    assert data.decode(dataset.train, 32, tmp_path / "cache")[0].shape == (2, 3, 32, 32)
 
 
 # ----------------------------------------------------------------------- mistakes of layout
@@ -201,9 +201,9 @@ def test_one_class_only(tmp_path, gone):
     mvtec(tmp_path)
     shutil.rmtree(tmp_path / gone)
     shutil.rmtree(tmp_path / "ground_truth")
-    found = layouts.discover(tmp_path)
+    dataset = layouts.discover(tmp_path)
     with pytest.raises(ValueError, match="needs? both"):
-        found.check_test()
+        dataset.check_test()
 
 
 @pytest.mark.parametrize("name", ["ground_truth/polyp/9.png", "ground_truth/ulcer/0.png"])

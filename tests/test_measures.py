@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import flood_fill, mean_dice
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +52,12 @@ def aupro_by_loop(maps, masks, limit, neighbours=8):
         y_end = y0 + (y1 - y0) * (end - x0) / (x1 - x0)
         area += (end - x0) * (y0 + y_end) / 2
     return area / limit
+
+
+def as_tensors(*arrays):
+    """The same values as tensors, scores with a gradient, as a network gives them."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+    return [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
 
 
 # --- Strategies: structure, and a seed for the values -------------------------------------------
@@ -160,6 +167,16 @@ def test_youden_threshold_is_the_best_and_is_a_score(case):
     assert measures.youden_threshold(squash(scores), labels) == squash(t)
 
 
+@given(scored())
+def test_measures_of_images_take_tensors_as_they_take_arrays_and_lists(case):
+    scores, labels = case
+    for s, y in (as_tensors(scores, labels), (scores.tolist(), labels.tolist())):
+        assert measures.auroc(s, y) == measures.auroc(scores, labels)
+        t = measures.youden_threshold(s, y)
+        assert t == measures.youden_threshold(scores, labels)
+        assert measures.confusion(s, y, t) == measures.confusion(scores, labels, t)
+
+
 @pytest.mark.parametrize("measure", [measures.auroc, measures.youden_threshold])
 def test_measures_refuse_one_class_and_nan(measure):
     with pytest.raises(ValueError, match="2 normal and 0 abnormal"):
@@ -182,6 +199,19 @@ def test_iou_and_dice_are_those_of_sets(masks, seed):
         assert measures.iou(pred, masks)[i] == (len(p & m) / len(p | m) if p | m else 1)
         want = 2 * len(p & m) / (len(p) + len(m)) if p | m else 1
         assert measures.dice(pred[i], masks[i]) == want
+
+
+@given(heat_maps())
+def test_measures_of_pixels_take_tensors_as_they_take_arrays(case):
+    maps, masks = case
+    m, k = as_tensors(maps, masks)
+    index = np.flatnonzero(masks.any((1, 2)))
+    (i,) = as_tensors(index)
+    assert measures.aupro(m, k) == measures.aupro(maps, masks)
+    assert measures.pixel_measures(m, k, i) == measures.pixel_measures(maps, masks, index)
+    assert measures.dice_threshold(m, k, i) == measures.dice_threshold(maps, masks, index)
+    for measure in (measures.iou, measures.dice):
+        assert (measure(m >= 1, k) == measure(maps >= 1, masks)).all()
 
 
 def labelled(masks):
@@ -283,6 +313,8 @@ def test_pixel_measures_refuse_what_they_cannot_measure():
         measures.aupro(maps, np.zeros_like(masks))
     with pytest.raises(ValueError, match="no normal pixel"):
         measures.aupro(maps, np.ones_like(masks))
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 2\) for masks of shape \(2, 2\)"):
+        measures.aupro(maps, masks[0])
     for at in ((0, 0, 0), (0, 0, 1)):
         bad = maps.copy()
         bad[at] = math.nan

@@ -17,14 +17,14 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_phantom_is_an_mvtec_folder_with_masks(tmp_path):
     phantom.draw(tmp_path / "p", train=4, good=3, abnormal=6, size=64, seed=1)
-    found = layouts.discover(tmp_path / "p")
-    assert found.layout == "MVTec" and (len(found.train), len(found.test)) == (4, 9)
-    found.check_test()
-    masks, known = data.decode_masks(found.test, 64, tmp_path / "c")
+    dataset = layouts.discover(tmp_path / "p")
+    assert dataset.layout == "MVTec" and (len(dataset.train), len(dataset.test)) == (4, 9)
+    dataset.check_test()
+    masks, known = data.decode_masks(dataset.test, 64, tmp_path / "c")
     area = masks.reshape(9, -1).mean(1)
     assert known.all() and not area[:3].any()
     assert (area[3:] > 0.005).all() and (area[3:] < 0.6).all()
-    images, _ = data.decode([s.path for s in found.test], 64, tmp_path / "c")
+    images, _ = data.decode([s.path for s in dataset.test], 64, tmp_path / "c")
     assert (images.reshape(9, -1).std(1) > 10).all()
     assert len({bytes(i) for i in images}) == 9
 

@@ -1,220 +1,192 @@
-"""Equations 1-9 against loops written straight from the page, in float64."""
+"""The training step: views, the terms of eq. 1 and an update of the weights, each by hand.
+
+Sizes as in pmsacl.py: B images, A classes, N = 2 A B views.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import U32, assert_within
+from conftest import generator
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from page import (
+    printed_cross_entropy,
+    printed_eq_3,
+    printed_eq_5,
+    printed_nt_xent,
+    printed_supcon,
+)
 
-import patches
+import losses
 import pmsacl
-from encoder import Conv3x3, Encoder, ResNet18, frozen_averages, normalise, start_weights
-from support.run import generator
+import weak
+from baselines.pretraining import METHODS, UNTRAINED
+from baselines.strong import STRONG
+from encoder import Encoder
+from support.options import Config, make_config
+
+TRAINED = [name for name in METHODS if name not in UNTRAINED]
 
 
-@st.composite
-def features(draw):
-    """z (N, Z), class ids n, pairs and centres c: N = 2 A B, some z exactly at their centre."""
-    a, b, z_dim = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8]))
-    g = generator(draw(st.integers(0, 2**31 - 1)))
-    n = torch.arange(a).repeat_interleave(2 * b)
-    c = torch.randn(a, z_dim, generator=g, dtype=torch.float64)
-    z = c[n] + torch.randn(len(n), z_dim, generator=g, dtype=torch.float64)
-    if draw(st.booleans()):
-        z[0] = c[0]  # the zero vector after centring
-    return z, n, torch.arange(len(n)) ^ 1, c
+def pictures(size=32, count=11):
+    """(N, 3, S, S) uint8: blocks of 8 x 8 pixels of one colour."""
+    g = np.random.default_rng(0)
+    small = g.integers(0, 256, (count, 3, size // 8, size // 8), dtype=np.uint8)
+    return small.repeat(8, axis=2).repeat(8, axis=3)
 
 
-def printed_eq_5(z, n, pair, c, tau, alpha, scale):
-    """Mean over i of -log of eq. 5's fraction, f by eq. 6 with R6's clamp, kappa by eq. 7."""
-    size = len(z)
-    f = []
-    for i in range(size):
-        u = [float(z[i, d] - c[n[i], d]) for d in range(z.shape[1])]
-        norm = max(math.sqrt(sum(v * v for v in u)), 1e-4)
-        f.append([v / norm for v in u])
-
-    def dot(i, j):
-        return sum(p * q for p, q in zip(f[i], f[j], strict=True))
-
-    total = 0.0
-    for i in range(size):
-        denominator = 0.0
-        for j in range(size):
-            if j != i:
-                kappa = 1 / (alpha * tau) if n[i] == n[j] else 1 / tau
-                denominator += math.exp(kappa * dot(i, j))
-        total += -math.log(math.exp(scale * dot(i, int(pair[i]))) / denominator)
-    return total / size
+def tiny(**changes):
+    """A config for 32 px and two classes (64 px where eq. 9 needs room, one class for SimCLR)."""
+    options = {"data": "x", "device": "cpu", "epochs": 1, "batch_size": 4, "image_size": 32}
+    options |= {"init": "random", "classes": 2}
+    if changes.get("method") == "simclr":
+        options["classes"] = 1
+    if changes.get("method") == "ccd":
+        options["image_size"] = 64
+    return make_config(options | changes)
 
 
-@given(features(), st.sampled_from([0.1, 0.2, 1.0]), st.sampled_from([1.0, 2.0, 5.0]))
-def test_contrastive_loss_is_the_printed_formula_for_each_reading_of_the_positive(args, tau, alpha):
-    z, n, pair, c = args
-    scales = {"kappa": 1 / (alpha * tau), "tau": 1 / tau, 0.5: 0.5}
-    for name, scale in scales.items():
-        got = pmsacl.contrastive_loss(
-            z.float(), n, pair, c.float(), tau=tau, alpha=alpha, positive_scale=name
-        )
-        want = printed_eq_5(z.float().double(), n, pair, c.float().double(), tau, alpha, scale)
-        # f: 8 roundings a component, amplified by 1/tau in the exponent; sums of N and Z terms
-        budget = U32 * (1 / tau) * (16 + 2 * z.shape[1]) + U32 * (8 + len(z)) * (1 + abs(want))
-        assert_within(got, torch.tensor(want, dtype=torch.float64), budget)
+# --- the views ---------------------------------------------------------------------------------
 
 
-def test_the_readings_of_the_positive_differ():
-    z, n, pair, c = (torch.randn(8, 4), torch.arange(2).repeat_interleave(4), torch.arange(8) ^ 1,
-                     torch.zeros(2, 4))  # fmt: skip
-    losses = {float(pmsacl.contrastive_loss(z, n, pair, c, positive_scale=s))
-              for s in ("kappa", "tau", 0.5)}  # fmt: skip
-    assert len(losses) == 3
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31 - 1))
+def test_view_class_and_pair_belong_to_the_image_that_they_came_from(classes, images, seed):
+    """Image i is one grey, 0.1 (i + 1), and its strong version of class n is 0.01 n lighter."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def lighter(x, n, generator):
+            return x.repeat(len(n) // len(x), 1, 1, 1) + 0.01 * n[:, None, None, None], None
+
+        patch.setattr(pmsacl, "strong_set", lambda config: lighter)
+        x = (torch.arange(1, images + 1) / 10)[:, None, None, None].expand(-1, 3, 32, 32)
+        config = Config(classes=classes, jitter=0.0, weak="ccd", image_size=32)
+        views, n, pair = pmsacl.class_views(x, config, generator(seed))
+    assert views.shape == (2 * classes * images, 3, 32, 32)
+    hundredths = (100 * views.double().mean(dim=(1, 2, 3))).round().long()
+    image, lighter_by = hundredths // 10 - 1, hundredths % 10  # what each view shows
+    assert torch.equal(n, lighter_by)
+    assert torch.equal(image[pair], image) and torch.equal(n[pair], n)
+    assert torch.equal(pair[pair], torch.arange(len(n))) and (pair != torch.arange(len(n))).all()
+    shown = sorted(zip(image.tolist(), n.tolist(), strict=True))
+    assert shown == sorted(2 * [(i, k) for i in range(images) for k in range(classes)])
 
 
-@given(features())
-def test_multi_centring_loss_is_the_printed_formula(args):
-    z, n, _, c = args
-    want = 0.0
-    for i in range(len(z)):
-        want += sum(float(z[i, d] - c[n[i], d]) ** 2 for d in range(z.shape[1])) / len(z)
-    assert float(pmsacl.multi_centring_loss(z, n, c)) == pytest.approx(want, rel=1e-13, abs=1e-13)
-
-
-@given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31 - 1))
-def test_classification_losses_are_the_printed_formula(rows, classes, seed):
-    g = generator(seed)
-    logits = 3 * torch.randn(rows, classes, generator=g, dtype=torch.float64)
-    target = torch.randint(classes, (rows,), generator=g)
-    want = 0.0
-    for i in range(rows):
-        total = sum(math.exp(float(v)) for v in logits[i])
-        probabilities = [math.exp(float(v)) / total for v in logits[i]]
-        one_hot = [float(j == target[i]) for j in range(classes)]
-        want -= math.log(sum(p * q for p, q in zip(one_hot, probabilities, strict=True))) / rows
-    for loss in (pmsacl.augmentation_loss, pmsacl.position_loss):
-        assert float(loss(logits, target)) == pytest.approx(want, rel=1e-12, abs=1e-12)
-
-
-@given(features(), st.integers(0, 2**31 - 1))
-def test_order_of_the_batch_changes_no_loss(args, seed):
-    z, n, pair, c = args
-    order = torch.randperm(len(z), generator=generator(seed))
-    inverse = order.argsort()
-    moved = z[order].float(), n[order], inverse[pair[order]]
-    before = pmsacl.contrastive_loss(z.float(), n, pair, c.float())
-    after = pmsacl.contrastive_loss(*moved, c.float())
-    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        pmsacl.multi_centring_loss(z, n, c), pmsacl.multi_centring_loss(z[order], n[order], c)
-    )
-
-
-def test_gradients_of_eq_3_8_and_9():
-    z = torch.randn(6, 3, dtype=torch.float64, generator=generator(0), requires_grad=True)
-    n = torch.tensor([0, 0, 1, 1, 2, 2])
-    c = torch.randn(3, 3, dtype=torch.float64, generator=generator(1))
-    assert torch.autograd.gradcheck(lambda v: pmsacl.multi_centring_loss(v, n, c), z)
-    assert torch.autograd.gradcheck(lambda v: pmsacl.augmentation_loss(v, n), z)
-    assert torch.autograd.gradcheck(lambda v: pmsacl.position_loss(v, n), z)
-
-
-def test_gradient_at_the_centre_is_finite_and_below_its_bound():
-    z = torch.zeros(4, 8, requires_grad=True)  # every z sits exactly on its centre
-    n, pair = torch.tensor([0, 0, 1, 1]), torch.arange(4) ^ 1
-    pmsacl.contrastive_loss(z, n, pair, torch.zeros(2, 8)).backward()
-    assert torch.isfinite(z.grad).all() and z.grad.abs().max() < 1e4
-
-
-# --- eq. 2 -------------------------------------------------------------------------------------
-
-
-class _Linear(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return self.norm(x).mean(dim=(2, 3))
-
-
-def test_centres_are_class_means_and_leave_running_averages_alone():
-    g = generator(3)
-    batches = [(torch.rand(6, 3, 4, 4, generator=g), torch.tensor([0, 1, 2, 0, 1, 2])),
-               (torch.rand(3, 3, 4, 4, generator=g), torch.tensor([2, 1, 0]))]  # fmt: skip
-    encoder = _Linear().eval()
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    c = pmsacl.class_centres(encoder, batches)
-    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    assert not encoder.norm.training and encoder.norm.track_running_stats
-    sums, counts = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3)
-    for x, n in batches:
-        mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False)
-        z = ((x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()).mean(dim=(2, 3))
-        for i in range(len(x)):
-            sums[n[i]] += z[i]
-            counts[n[i]] += 1
-    torch.testing.assert_close(c, (sums / counts[:, None]).float(), rtol=1e-4, atol=1e-6)
-
-
-def test_centres_need_a_view_of_each_class():
-    with pytest.raises(ValueError, match="view of each class"):
-        pmsacl.class_centres(_Linear(), [(torch.rand(2, 3, 4, 4), torch.tensor([0, 2]))])
-
-
-# --- views and eq. 9's pairs -------------------------------------------------------------------
-
-
-def test_views_are_two_of_each_class_and_their_pairs_show_the_same_strong_image():
+def test_the_two_views_of_an_image_are_drawn_apart():
     x = torch.rand(3, 3, 32, 32, generator=generator(0))
-    config = pmsacl.Config(classes=3)
-    views, n, pair = pmsacl.class_views(x, config, generator(1))
-    assert views.shape == (18, 3, 32, 32) and 0 <= views.min() and views.max() <= 1
-    assert n.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    assert torch.equal(pair[pair], torch.arange(18)) and torch.equal(n[pair], n)
-    assert not torch.equal(views[0], views[1])
+    views, _, pair = pmsacl.class_views(x, Config(classes=2, image_size=32), generator(1))
+    assert 0 <= views.min() and views.max() <= 1
+    assert all(not torch.equal(views[i], views[j]) for i, j in enumerate(pair.tolist()))
 
 
-def test_neighbours_lie_where_their_class_says():
-    """A patch that encodes its own coordinates: channel 0 holds y, channel 1 holds x."""
-    s, b = 63, 400
-    y, x = torch.meshgrid(torch.arange(s), torch.arange(s), indexing="ij")
-    images = torch.stack([y, x, torch.arange(s * s).view(s, s)]).float().expand(b, 3, s, s)
-    first, second, p = patches.patch_pairs(images, generator(5))
-    assert first.shape == second.shape == (b, 3, 32, 32) and set(p.tolist()) == set(range(8))
-    assert torch.equal(first[:, 0, 1, 0] - first[:, 0, 0, 0], torch.ones(b))  # contiguous
-    shift = second[:, :2, 0, 0] - first[:, :2, 0, 0]  # (B, 2): dy, dx
-    wanted = torch.tensor(patches.DIRECTIONS)[p]
-    assert torch.equal(shift.sign().long(), wanted)
-    moved = shift[wanted != 0].abs()
-    assert moved.min() == 24 and moved.max() == 31  # 24 + U{0..7}, all of them reached
+@pytest.mark.parametrize("strong", STRONG)
+def test_every_strong_set_gives_its_classes(strong):
+    x = torch.rand(2, 3, 32, 32, generator=generator(0))
+    config = Config(strong=strong, classes=3)
+    augment = pmsacl.strong_set(config)
+    changed, mask = augment(x, torch.full((2,), 1), generator(1))
+    assert not torch.equal(changed, x) and mask.any()
+    views, n, _ = pmsacl.class_views(x, config, generator(2))
+    assert views.shape == (12, 3, 32, 32) and n.bincount().tolist() == [4, 4, 4]
 
 
-def test_images_too_small_for_a_pair_are_refused():
-    with pytest.raises(ValueError, match="63 px"):
-        patches.patch_pairs(torch.rand(2, 3, 62, 62), generator(0))
+def test_rotations_share_the_circle_among_the_classes():
+    x = torch.rand(2, 3, 32, 32, generator=generator(0))
+    augment = pmsacl.strong_set(Config(strong="rotation", classes=2))
+    assert torch.equal(augment(x, torch.ones(2).long(), generator(1))[0], x.flip(2, 3))
 
 
-def test_loss_terms_are_those_named_and_centre_weight_scales_eq_3():
+def test_lesion_area_crop_area_and_jitter_reach_medmix():
+    x = torch.rand(8, 3, 64, 64, generator=generator(0))
+    ones = torch.ones(8).long()
+    shares = []
+    for area in ("0.01,0.02", "0.2,0.3"):
+        augment = pmsacl.strong_set(Config(lesion_area=area))
+        shares.append(float(augment(x, ones, generator(1))[1].float().mean()))
+    assert shares[0] < 0.03 and 0.1 < shares[1] < 0.35
+    config = Config(classes=1, crop_area=1.0, jitter=0.0, weak="ccd")
+    flat = torch.rand(8, 3, 1, 1, generator=generator(2)).expand(8, 3, 32, 32)
+    views, _, _ = pmsacl.class_views(flat, config, generator(3))
+    grey = weak.luma(flat).expand_as(flat)
+    for i, view in enumerate(views):  # neither cropped nor jittered; a fifth of them are grey
+        assert any(torch.allclose(view, y[i // 2], atol=1e-5) for y in (flat, grey))
+
+
+# --- the terms of eq. 1 ------------------------------------------------------------------------
+
+READINGS = [  # of the main method, each away from its default
+    {"tau": 0.3, "alpha": 3.0, "centre_weight": 0.7, "positive_scale": "0.5"},
+    {"tau": 0.3, "alpha": 3.0, "positive_scale": "tau", "features": "raw"},
+    {"alpha": 4.0, "aug_head": "projection"},
+]
+
+
+def printed_terms(encoder, x, c, config, generator, local):
+    """The terms that a method has, by the loops of page.py, on the views that the draws give."""
+    patches = None
+    if local or config.method == "ccd":
+        patches = losses.patch_pairs(x, generator)
+    views, n, pair = pmsacl.class_views(patches[0] if local else x, config, generator)
+    z, h = (t.double() for t in encoder.embed(views))
+    logits = encoder.aug_logits(z.float(), h.float()).double()
+    tau, alpha, scale = config.tau, config.alpha, config.positive_scale
+    want = {}
+    if config.method == "pmsacl":
+        scale = {"kappa": 1 / (alpha * tau), "tau": 1 / tau}.get(scale) or float(scale)
+        want["ctr"] = config.centre_weight * printed_eq_3(z, n, c.double())
+        want["pmsacl"] = printed_eq_5(z, n, pair, c.double(), tau, alpha, scale)
+    if config.method in ("simclr", "csi", "droc", "ccd"):
+        want["con"] = printed_nt_xent(z, pair, tau)
+    if config.method == "supcon":
+        want["sup"] = printed_supcon(z, n, tau)
+    if config.method in ("pmsacl", "rotnet", "csi", "ccd"):
+        want["aug"] = printed_cross_entropy(logits, n)
+    if config.method == "ccd" or local:
+        with losses.frozen_averages(encoder):
+            z_1, z_2 = encoder(torch.cat(patches[:2])).chunk(2)
+        want["pos"] = printed_cross_entropy(encoder.position_logits(z_1, z_2), patches[2])
+    return want
+
+
+@pytest.mark.parametrize(
+    ("method", "local", "changes"),
+    [(method, False, {}) for method in TRAINED]
+    + [("pmsacl", local, changes) for changes in READINGS for local in (False, True)],
+)
+def test_the_terms_of_a_step_are_the_page(method, local, changes):
+    config = make_config({"method": method, "device": "cpu", "data": "x"} | changes)
+    encoder = Encoder(
+        classes=config.classes,
+        features=config.features,
+        aug_head=config.aug_head,
+        generator=generator(0),
+    ).eval()
+    x = torch.rand(2, 3, 64, 64, generator=generator(1))
+    c = torch.randn(config.classes, 128, generator=generator(3)) / 11  # about as long as z
+    with torch.no_grad():
+        terms = pmsacl.loss_terms(encoder, x, c, config, generator(2), local=local)
+        want = printed_terms(encoder, x, c, config, generator(2), local)
+    assert sorted(terms) == sorted(want)
+    for name, value in want.items():
+        assert float(terms[name]) == pytest.approx(value, rel=2e-5), name
+
+
+def test_terms_names_the_terms_and_the_warm_up_leaves_out_those_that_need_centres():
     encoder = Encoder(classes=2, generator=generator(0)).train()
     x, c = torch.rand(2, 3, 64, 64, generator=generator(1)), torch.zeros(2, 128)
 
-    def terms(**changes):
-        config = pmsacl.Config(classes=2, device="cpu", **changes)
-        return pmsacl.loss_terms(encoder, x, c, config, generator(2))
+    def names(c, **changes):
+        config = Config(classes=2, device="cpu", **changes)
+        return list(pmsacl.loss_terms(encoder, x, c, config, generator(2)))
 
-    every = terms(terms="ctr,pmsacl,aug,pos")
-    assert list(every) == ["ctr", "pmsacl", "aug", "pos"]
-    assert list(terms(terms="aug")) == ["aug"]
-    assert "pos" not in terms()  # R13: only the local encoder learns positions by default
-    halved = terms(terms="ctr", centre_weight=0.5)["ctr"].detach()
-    assert float(halved) == pytest.approx(0.5 * float(terms(terms="ctr")["ctr"].detach()), rel=1e-6)
+    assert names(c, terms="pos,aug,ctr,pmsacl") == ["ctr", "pmsacl", "aug", "pos"]
+    assert names(c, terms="aug") == ["aug"]
+    assert "pos" not in names(c)  # R13: only the local encoder learns positions by default
+    assert names(torch.zeros(0)) == ["aug"]
 
 
 def test_local_terms_train_on_patches():
@@ -222,113 +194,149 @@ def test_local_terms_train_on_patches():
     x = torch.rand(2, 3, 64, 64, generator=generator(1))
     seen = []
     encoder.backbone.conv1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    config = pmsacl.Config(classes=2)
+    config = Config(classes=2)
     terms = pmsacl.loss_terms(encoder, x, torch.zeros(2, 128), config, generator(2), local=True)
     assert list(terms) == ["ctr", "pmsacl", "aug", "pos"]
     assert seen == [(8, 3, 32, 32), (4, 3, 32, 32)]
 
 
-# --- encoder -----------------------------------------------------------------------------------
+# --- a step and an epoch -----------------------------------------------------------------------
 
 
-def torchvision_names():
-    """torchvision's resnet18 state dict, written down from its published layout."""
-    norm = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    names = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{k}" for k in norm}
-    for layer in range(1, 5):
-        for block in range(2):
-            stem = f"layer{layer}.{block}"
-            names |= {f"{stem}.conv{i}.weight" for i in (1, 2)}
-            names |= {f"{stem}.bn{i}.{k}" for i in (1, 2) for k in norm}
-        if layer > 1:
-            stem = f"layer{layer}.0.downsample"
-            names |= {f"{stem}.0.weight"} | {f"{stem}.1.{k}" for k in norm}
-    return names
+@pytest.mark.parametrize("local", [False, True])
+def test_steps_are_sgd_by_hand(local):
+    """g = d(sum of terms)/dp + lambda p, v = m v + g, p -= eta v, eta on a cosine."""
+    size = 64 if local else 32
+    config = tiny(
+        image_size=size, epochs=2, batch_size=3, lr=0.05, local_lr=0.08, momentum=0.8,
+        weight_decay=0.01, lr_end=0.001,
+    )  # fmt: skip
+    training = pmsacl.Pretraining(pictures(size), config, local=local)
+    by_hand = copy.deepcopy(training.encoder)
+    start_weights = {name: p.detach().clone() for name, p in by_hand.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in by_hand.named_parameters()}
+    start = 0.08 if local else 0.05
+    for step in range(3):
+        epoch, position = divmod(step, training.steps)
+        rows = training._order(epoch)[3 * position : 3 * position + 3]
+        terms = training.losses()
+        x = training.batch_of(training.trained[rows])
+        draws = training.draws(6, step, 0)
+        again = pmsacl.loss_terms(by_hand, x, training.c, config, draws, local=local)
+        assert list(terms) == list(again) == ["ctr", "pmsacl", "aug"] + ["pos"] * local
+        total = 0.0
+        for term in again.values():
+            total = total + term
+        parameters = dict(by_hand.named_parameters())
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        eta = 0.001 + (start - 0.001) * (1 + math.cos(math.pi * step / (2 * training.steps))) / 2
+        with torch.no_grad():
+            for (name, p), g in zip(parameters.items(), gradients, strict=True):
+                if g is not None:
+                    velocity[name] = 0.8 * velocity[name] + g + 0.01 * p
+                    p -= eta * velocity[name]
+        training.update(terms)
+        assert training.step_done == step + 1
+    for (name, got), want in zip(
+        training.encoder.named_parameters(), by_hand.parameters(), strict=True
+    ):
+        moved = (want - start_weights[name]).norm()
+        assert (got - want).norm() <= 1e-4 * moved, name  # the sums differ in their order
 
 
-def test_resnet18_has_torchvisions_names_and_shapes():
-    state = ResNet18().state_dict()
-    assert set(state) == torchvision_names() and len(state) == 122
-    assert sum(v.numel() for k, v in state.items() if "running" not in k and "num" not in k) == (
-        11_689_512  # parameters of torchvision's resnet18
-    )
-    assert state["conv1.weight"].shape == (64, 3, 7, 7)
-    assert state["layer4.0.downsample.0.weight"].shape == (512, 256, 1, 1)
-    assert state["fc.weight"].shape == (1000, 512)
+def test_an_epoch_takes_every_image_once_and_each_epoch_has_its_order():
+    training = pmsacl.Pretraining(pictures(count=18), tiny(batch_size=4, epochs=3))
+    assert sorted([*training.watched, *training.trained]) == list(range(18))
+    seen = []
+    training.batch_of = lambda indices: seen.append(indices.tolist()) or torch.zeros(4, 3, 32, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pmsacl, "loss_terms", lambda *_, **__: {})
+        patch.setattr(training, "centres_due", lambda: False)
+        while training.step_done < training.total:
+            training.losses()
+            training.step_done += 1
+    epochs = [sum(seen[k : k + training.steps], []) for k in range(0, len(seen), training.steps)]
+    assert len(epochs) == 3 and epochs[0] != epochs[1] != epochs[2]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) and set(epoch) <= set(training.trained.tolist())
 
 
-def test_stages_have_a_resnets_shapes_and_logits_come_from_their_pooled_end():
-    net, x = ResNet18().eval(), torch.rand(2, 3, 64, 64, generator=generator(0))
-    shapes = [tuple(stage.shape) for stage in net.stages(x)]
-    assert shapes == [(2, 64, 16, 16), (2, 128, 8, 8), (2, 256, 4, 4), (2, 512, 2, 2)]
-    torch.testing.assert_close(net(x), F.linear(net.pooled(x), net.fc.weight, net.fc.bias))
+def test_the_learning_rate_falls_from_its_start_to_its_end():
+    rates = [pmsacl.cosine(0.01, 1e-5, k / 10) for k in range(11)]
+    assert rates[0] == 0.01 and rates[-1] == pytest.approx(1e-5)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[5] == pytest.approx((0.01 + 1e-5) / 2)
 
 
-@given(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]), st.integers(0, 2**31 - 1))
-def test_a_convolution_of_a_small_map_is_a_convolution(side, stride, seed):
-    g = generator(seed)
-    x = torch.randn(3, 5, side, side, generator=g, dtype=torch.float64).requires_grad_()
-    layer = Conv3x3(5, 4, stride).double()
-    layer.bias = nn.Parameter(torch.randn(4, generator=g, dtype=torch.float64))  # as when folded
-    got, want = layer(x), F.conv2d(x, layer.weight, layer.bias, stride, padding=1)
-    torch.testing.assert_close(got, want)
-    weights = torch.randn(want.shape, generator=g, dtype=torch.float64)
-    of = [x, layer.weight, layer.bias]
-    torch.testing.assert_close(
-        torch.autograd.grad((got * weights).sum(), of),
-        torch.autograd.grad((want * weights).sum(), of),
-    )
+def test_a_state_goes_on_as_if_it_had_not_been_stopped_and_refuses_other_images():
+    config, images = tiny(epochs=2, batch_size=3), pictures()
+    whole, resumed = (pmsacl.Pretraining(images, config) for _ in range(2))
+    for _ in range(2):
+        whole.update(whole.losses())
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for training in (whole, resumed):
+        training.update(training.losses())
+    for name, value in whole.encoder.state_dict().items():
+        assert torch.equal(value, resumed.encoder.state_dict()[name]), name
+    with pytest.raises(ValueError, match="training images have changed"):
+        pmsacl.Pretraining(pictures(count=8), config).load_state_dict(whole.state_dict())
 
 
-def test_start_weights_depend_on_the_generator_alone():
-    one, same, other = (ResNet18(generator(s)).state_dict() for s in (1, 1, 2))
-    assert all(torch.equal(one[k], same[k]) for k in one)
-    assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
+# --- centres and the health of the pretext task ------------------------------------------------
 
 
-def test_unit_features_have_length_one_and_raw_ones_do_not():
-    x = torch.rand(2, 3, 32, 32, generator=generator(0))
-    unit = Encoder(features="unit", generator=generator(1)).eval()(x)
-    raw = Encoder(features="raw", generator=generator(1)).eval()(x)
-    torch.testing.assert_close(unit.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(F.normalize(raw, dim=1), unit)
-    assert not torch.allclose(raw.norm(dim=1), torch.ones(2))
+def test_centres_are_eq_2_of_the_start_weights_over_every_training_image():
+    training = pmsacl.Pretraining(pictures(), tiny(batch_size=3))
+    seen = []
+    batch_of = training.batch_of
+    training.batch_of = lambda indices: seen.extend(indices.tolist()) or batch_of(indices)
+    c = training.centres()
+    assert sorted(seen) == sorted(training.trained.tolist()) and c.shape == (2, 128)
+    chunks = np.array_split(training.trained, training.steps)
+    views = (training.views_of(chunk, training.draws(3, i)) for i, chunk in enumerate(chunks))
+    torch.testing.assert_close(c, losses.class_centres(training.encoder, views))
 
 
-def test_normalise_subtracts_imagenets_statistics():
-    x = torch.tensor([0.485, 0.456, 0.406])[None, :, None, None].expand(1, 3, 2, 2)
-    assert normalise(x).abs().max() == 0
-    torch.testing.assert_close(
-        normalise(x + 0.1)[0, :, 0, 0], torch.tensor([0.1 / 0.229, 0.1 / 0.224, 0.1 / 0.225])
-    )
+def test_the_centres_join_after_the_warm_up_and_stay():
+    training = pmsacl.Pretraining(pictures(), tiny(warmup_epochs=1, epochs=3))
+    for _ in range(training.steps):
+        terms = training.losses()
+        assert list(terms) == ["aug"] and len(training.c) == 0
+        training.update(terms)
+    start = pmsacl.Pretraining(pictures(), tiny(warmup_epochs=1, epochs=3))
+    assert not torch.allclose(training.centres(), start.centres())  # of the weights as they are
+    terms = training.losses()
+    assert list(terms) == ["ctr", "pmsacl", "aug"] and training.c.shape == (2, 128)
+    frozen = training.c
+    for _ in range(2):
+        training.update(terms)
+        terms = training.losses()
+    assert training.c is frozen
 
 
-def test_frozen_averages_uses_the_batch_and_gives_the_mode_back():
-    net = nn.BatchNorm2d(2).eval()
-    x = 5 + torch.randn(4, 2, 3, 3, generator=generator(0))
-    with frozen_averages(net):
-        y = net(x)
-    assert y.mean().abs() < 1e-5 and torch.equal(net.running_mean, torch.zeros(2))
-    assert not net.training
+def test_table_10s_centres():
+    images = pictures()
+    c = {
+        name: pmsacl.Pretraining(images, tiny(centres=name, classes=3)).centres()
+        for name in ("untrained", "random", "equidistant", "re-estimated")
+    }
+    assert torch.equal(c["untrained"], c["re-estimated"])  # at the start
+    torch.testing.assert_close(c["equidistant"] @ c["equidistant"].T, torch.eye(3))
+    torch.testing.assert_close(c["random"].norm(dim=1), torch.ones(3))
+    assert not torch.allclose(c["random"], c["equidistant"])
 
 
-def test_weights_load_from_a_file_and_a_wrong_file_is_named(tmp_path):
-    source, target = ResNet18(generator(1)), ResNet18(generator(2))
-    torch.save(source.state_dict(), tmp_path / "weights.pt")
-    assert start_weights(target, str(tmp_path / "weights.pt")) == "weights.pt"
-    assert torch.equal(source.conv1.weight, target.conv1.weight)
-    wrong = tmp_path / "other.pt"
-    for content in ({"a": torch.zeros(1)}, [1], {1: torch.zeros(1)}, "not weights", ""):
-        torch.save(content, wrong) if not isinstance(content, str) else wrong.write_text(content)
-        with pytest.raises(ValueError, match="--init .*other.pt: no state dict of a resnet18") as e:
-            start_weights(target, str(wrong))
-        assert "weights_only" not in str(e.value)
-    with pytest.raises(ValueError, match="--init .*nowhere.pt: No such file"):
-        start_weights(target, str(tmp_path / "nowhere.pt"))
+def test_re_estimated_centres_are_computed_every_five_epochs():
+    training = pmsacl.Pretraining(pictures(), tiny(centres="re-estimated", epochs=11))
+    frozen = pmsacl.Pretraining(pictures(), tiny(epochs=11))
+    due = [[t.centres_due() for t.step_done in range(t.total)] for t in (training, frozen)]
+    every = 5 * training.steps
+    assert [i for i, now in enumerate(due[0]) if now] == [0, every, 2 * every]
+    assert [i for i, now in enumerate(due[1]) if now] == [0]
 
 
 def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypatch):
-    config = pmsacl.Config(image_size=32, batch_size=2, init="random", device="cpu")
+    config = Config(image_size=32, batch_size=2, init="random", device="cpu")
     training = pmsacl.Pretraining(np.zeros((4, 3, 32, 32), np.uint8), config)
     assert len(training.watched) == 2 and len(training.trained) == 2
     views_of, seen = training.views_of, []
@@ -345,37 +353,9 @@ def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypa
         pmsacl.Pretraining(np.zeros((3, 3, 32, 32), np.uint8), config)
 
 
-# --- config ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"alpha": 0.0}, "--alpha"),
-        ({"tau": math.nan}, "--tau"),
-        ({"terms": "ctr,psmacl"}, "--terms"),
-        ({"positive_scale": "half"}, "--positive-scale"),
-        ({"features": "sphere"}, "--features"),
-        ({"image_size": 100}, "--image-size"),
-        ({"batch_size": 1}, "--batch-size"),
-        ({"weight_decay": -1.0}, "--weight-decay"),
-        ({"epochs": 0}, "--epochs"),
-        ({"strong": "permutation", "classes": 9}, "--classes"),
-        ({"igd_lr": 0.0}, "--igd-lr"),
-    ],
-)
-def test_an_impossible_setting_is_refused_by_its_options_name(changes, named):
-    with pytest.raises(ValueError, match=named):
-        pmsacl.Config(**changes)
-
-
-def test_the_learning_rate_falls_from_its_start_to_its_end():
-    rates = [pmsacl.cosine(0.01, 1e-5, k / 10) for k in range(11)]
-    assert rates[0] == 0.01 and rates[-1] == pytest.approx(1e-5)
-    assert rates == sorted(rates, reverse=True)
-    assert rates[5] == pytest.approx((0.01 + 1e-5) / 2)
-
-
-def test_config_fields_can_be_replaced_but_not_assigned():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        pmsacl.Config().alpha = 3.0
+def test_a_collapse_is_said_once(capsys):
+    training = pmsacl.Pretraining(pictures(), tiny())
+    training.spread = 1e9
+    for _ in range(2):
+        training.end_epoch()
+    assert capsys.readouterr().err.count("collapse: the spread of z fell from 1e+09") == 1

@@ -17,12 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-import detectors
 import eval as evaluation
-import pmsacl
-from encoder import ResNet18
-from support import options, phantom
-from support import run as shared
+from encoder import ResNet18, seeded
+from losses import contrastive_loss, multi_centring_loss
+from support import job, options, phantom, run
 
 ROOT = Path(__file__).parent.parent
 TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
@@ -53,9 +51,9 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    assert pmsacl.main(["--data", str(images), "--out", str(run), *TINY]) == 0
-    return run
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert job.main(["--data", str(images), "--out", str(folder), *TINY]) == 0
+    return folder
 
 
 def test_a_run_folder_holds_what_the_design_says(finished):
@@ -66,7 +64,7 @@ def test_a_run_folder_holds_what_the_design_says(finished):
     } <= names  # fmt: skip
     assert not [name for name in names if name.endswith(".partial")]
     config = json.loads((finished / "config.json").read_text())
-    assert config["alpha"] == pmsacl.Config.alpha and config["torch"] == torch.__version__
+    assert config["alpha"] == options.Config.alpha and config["torch"] == torch.__version__
     results = json.loads((finished / "results.json").read_text())
     for row in ("padim", "untrained"):
         assert 0 <= results[row]["image_auroc"] <= 1 and 0 <= results[row]["aupro"] <= 1
@@ -86,53 +84,54 @@ def test_weights_load_without_pickle_and_into_a_plain_resnet18(finished):
     ResNet18().load_state_dict(torch.load(finished / "encoder.pt", weights_only=True))
     saved = torch.load(finished / "checkpoint.pt", weights_only=True)
     assert saved["step_done"] == saved["total"] == 6 and saved["c"].shape == (2, 128)
-    detector = detectors.load(finished / "detector.pt")
+    detector = evaluation.load(finished / "detector.pt")
     maps, scores = detector.score(np.zeros((1, 3, 32, 32), np.uint8))
     assert maps.shape == (1, 32, 32) and scores.shape == (1,)
 
 
 def test_the_untrained_row_is_the_start_network_and_the_trained_one_is_not(finished):
-    start = ResNet18(shared.generator(0, 2)).state_dict()
+    start = ResNet18(seeded(0, 2)).state_dict()
     end = torch.load(finished / "encoder.pt", weights_only=True)
     assert not torch.equal(start["conv1.weight"], end["conv1.weight"])
     assert torch.equal(start["fc.weight"], end["fc.weight"])  # PMSACL never touches it
 
 
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(images, finished, tmp_path):
-    run = tmp_path / "killed"
-    slow = "import pmsacl, sys, time; pmsacl.pretrain.__kwdefaults__['save_every'] = 0.0;" \
-        "step = pmsacl.Pretraining.step;" \
-        "pmsacl.Pretraining.step = lambda t: (time.sleep(0.3), step(t))[1];" \
-        "sys.exit(pmsacl.main(sys.argv[1:]))"  # fmt: skip
-    arguments = ["--data", str(images), "--out", str(run), *TINY]
+    folder = tmp_path / "killed"
+    slow = "import pmsacl, sys, time; from support import job;" \
+        "pmsacl.pretrain.__kwdefaults__['save_every'] = 0.0;" \
+        "update = pmsacl.Pretraining.update;" \
+        "pmsacl.Pretraining.update = lambda t, terms: (time.sleep(0.3), update(t, terms))[1];" \
+        "sys.exit(job.main(sys.argv[1:]))"  # fmt: skip
+    arguments = ["--data", str(images), "--out", str(folder), *TINY]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    job = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", slow, *arguments], env=environment, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    stopped_at = torch.load(run / "checkpoint.pt", weights_only=True)["step_done"]
-    assert 0 < stopped_at < 6 and not (run / "results.json").exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = torch.load(folder / "checkpoint.pt", weights_only=True)["step_done"]
+    assert 0 < stopped_at < 6 and not (folder / "results.json").exists()
 
-    assert pmsacl.main([*arguments, "--resume"]) == 0
+    assert job.main([*arguments, "--resume"]) == 0
     for name in ("encoder.pt", "checkpoint.pt"):
         one = torch.load(finished / name, weights_only=True)
-        two = torch.load(run / name, weights_only=True)
+        two = torch.load(folder / name, weights_only=True)
         one, two = one.get("encoder", one), two.get("encoder", two)
         assert all(torch.equal(one[k], two[k]) for k in one)
-    assert (run / "scores.csv").read_text().replace(str(run), "") == (
+    assert (folder / "scores.csv").read_text().replace(str(folder), "") == (
         finished / "scores.csv"
     ).read_text().replace(str(finished), "")
     logs = [[{k: v for k, v in row.items() if k != "images_per_second"}
-             for row in table(r / "log.csv")] for r in (run, finished)]  # fmt: skip
+             for row in table(each / "log.csv")] for each in (folder, finished)]  # fmt: skip
     assert logs[0] == logs[1]
 
 
 def test_resume_takes_the_options_of_the_run_and_refuses_others(finished, capsys):
-    assert pmsacl.main(["--resume", str(finished), "--alpha", "5"]) == 2
+    assert job.main(["--resume", str(finished), "--alpha", "5"]) == 2
     assert "--alpha 2.0, not 5.0" in capsys.readouterr().err
 
 
@@ -141,62 +140,62 @@ def test_resume_finds_images_by_another_path_or_in_another_place(
 ):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(images, tmp_path / "set")
-    assert pmsacl.main(["--data", "./set", "--out", "run", *TINY, "--epochs", "1"]) == 0
-    assert pmsacl.main(["--data", str(tmp_path / "set"), "--resume", "run"]) == 0
+    assert job.main(["--data", "./set", "--out", "run", *TINY, "--epochs", "1"]) == 0
+    assert job.main(["--data", str(tmp_path / "set"), "--resume", "run"]) == 0
     shutil.copytree(images, tmp_path / "other")
-    assert pmsacl.main(["--data", "other", "--resume", "run"]) == 2  # is another set
+    assert job.main(["--data", "other", "--resume", "run"]) == 2  # is another set
     (tmp_path / "set").rename(tmp_path / "moved")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     capsys.readouterr()
-    run = str(tmp_path / "run")
-    assert pmsacl.main(["--resume", run]) == 2
-    assert f"{tmp_path / 'set'}: the images of {run} are not there" in capsys.readouterr().err
-    assert evaluation.main([run]) == 2
+    folder = str(tmp_path / "run")
+    assert job.main(["--resume", folder]) == 2
+    assert f"{tmp_path / 'set'}: the images of {folder} are not there" in capsys.readouterr().err
+    assert evaluation.main([folder]) == 2
     assert "are not there; --data names their place" in capsys.readouterr().err
-    assert pmsacl.main(["--data", "../moved", "--resume", run]) == 0
-    assert pmsacl.main(["--resume", run]) == 0
+    assert job.main(["--data", "../moved", "--resume", folder]) == 0
+    assert job.main(["--resume", folder]) == 0
 
 
 def test_resume_takes_no_folder_that_is_no_run(images, tmp_path, capsys):
     shutil.copytree(images / "train/good", tmp_path / "pictures")
     before = sorted((tmp_path / "pictures").iterdir())
     for arguments in (["--resume"], ["--data", str(images), "--resume"]):
-        assert pmsacl.main([*arguments, str(tmp_path / "pictures")]) == 2
+        assert job.main([*arguments, str(tmp_path / "pictures")]) == 2
         assert "pictures: no run, it has no config.json" in capsys.readouterr().err
-    assert pmsacl.main(["--resume", str(tmp_path / "nowhere")]) == 2
+    assert job.main(["--resume", str(tmp_path / "nowhere")]) == 2
     assert sorted((tmp_path / "pictures").iterdir()) == before
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    for content in (b"", b"PK\x03\x04", (run / "checkpoint.pt").read_bytes()[:1000]):
-        (run / "checkpoint.pt").write_bytes(content)
-        assert pmsacl.main(["--resume", str(run)]) == 2
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for content in (b"", b"PK\x03\x04", (folder / "checkpoint.pt").read_bytes()[:1000]):
+        (folder / "checkpoint.pt").write_bytes(content)
+        assert job.main(["--resume", str(folder)]) == 2
         [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("pmsacl.py: ")]
         assert "checkpoint.pt: no checkpoint, or a damaged one" in line
-    (run / "config.json").write_text("")
-    assert pmsacl.main(["--resume", str(run)]) == 2
+    (folder / "config.json").write_text("")
+    assert job.main(["--resume", str(folder)]) == 2
     assert "config.json: damaged" in capsys.readouterr().err
 
 
 def test_a_run_is_never_written_over(images, finished, capsys):
     before = (finished / "results.json").read_bytes()
-    assert pmsacl.main(["--data", str(images), "--out", str(finished), *TINY]) == 2
+    assert job.main(["--data", str(images), "--out", str(finished), *TINY]) == 2
     assert "--resume" in capsys.readouterr().err
     assert (finished / "results.json").read_bytes() == before
 
 
 def test_runs_without_a_name_get_the_next_free_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert options.default_run("/x/kvasir", newest=False) == Path("runs/kvasir")
+    assert options.default_folder("/x/kvasir", newest=False) == Path("runs/kvasir")
     Path("runs/kvasir").mkdir(parents=True)
-    assert options.default_run("/x/kvasir", newest=False) == Path("runs/kvasir-2")
+    assert options.default_folder("/x/kvasir", newest=False) == Path("runs/kvasir-2")
     Path("runs/kvasir-2").mkdir()
-    assert options.default_run("/x/kvasir", newest=True) == Path("runs/kvasir-2")
-    assert options.default_run("", newest=True) == Path("runs/phantom")
+    assert options.default_folder("/x/kvasir", newest=True) == Path("runs/kvasir-2")
+    assert options.default_folder("", newest=True) == Path("runs/phantom")
 
 
 def test_presets_give_way_to_options(tmp_path):
@@ -211,23 +210,34 @@ def test_presets_give_way_to_options(tmp_path):
 
 
 def test_igd_shares_the_pre_training_and_resumes(images, tmp_path):
-    run = tmp_path / "both"
+    folder = tmp_path / "both"
     options = "--detector both --local yes --image-size 64 --igd-epochs 1 --epochs 1".split()
     options += "--igd-local-epochs 1 --igd-width 4".split()
-    arguments = ["--data", str(images), "--out", str(run), *TINY, *options]
-    assert pmsacl.main(arguments) == 0
-    results = json.loads((run / "results.json").read_text())
+    arguments = ["--data", str(images), "--out", str(folder), *TINY, *options]
+    assert job.main(arguments) == 0
+    results = json.loads((folder / "results.json").read_text())
     assert {"padim", "igd", "untrained"} <= set(results)
     for name in ("checkpoint_local.pt", "log_local.csv", "log_igd_global.csv",
                  "log_igd_local.csv", "figures/reconstruction_igd.png"):  # fmt: skip
-        assert (run / name).exists(), name
-    assert "pos" in table(run / "log_local.csv")[0] and "pos" not in table(run / "log.csv")[0]
-    first = torch.load(run / "detector_igd.pt", weights_only=True)["models"]
-    (run / "detector_igd.pt").unlink()
-    assert pmsacl.main([*arguments, "--resume"]) == 0  # from checkpoint_igd.pt, already trained
-    again = torch.load(run / "detector_igd.pt", weights_only=True)["models"]
+        assert (folder / name).exists(), name
+    assert "pos" in table(folder / "log_local.csv")[0] and "pos" not in table(folder / "log.csv")[0]
+    first = torch.load(folder / "detector_igd.pt", weights_only=True)["models"]
+    (folder / "detector_igd.pt").unlink()
+    assert job.main([*arguments, "--resume"]) == 0  # from checkpoint_igd.pt, already trained
+    again = torch.load(folder / "detector_igd.pt", weights_only=True)["models"]
     for part, weights in first.items():
         assert all(torch.equal(v, again[part][k]) for k, v in weights.items())
+
+
+def test_random_trains_nothing_and_its_detector_is_the_untrained_one(tmp_path):
+    folder, root = tmp_path / "run", tmp_path / "images"
+    phantom.draw(root, train=8, good=4, abnormal=4, size=32)
+    arguments = "--method random --epochs 3 --image-size 32 --batch-size 4".split()
+    assert job.main(["--data", str(root), *arguments, "--out", str(folder)]) == 0
+    saved = torch.load(folder / "encoder.pt", weights_only=True)
+    assert torch.equal(saved["conv1.weight"], ResNet18(seeded(0, 2)).conv1.weight)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["padim"]["image_auroc"] == results["untrained"]["image_auroc"]
 
 
 # --- mistakes ----------------------------------------------------------------------------------
@@ -309,12 +319,22 @@ def test_unknown_option_value_unwritable_output_and_missing_data(tmp_path, image
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(images, tmp_path, capsys):
-    run = tmp_path / "run"
-    arguments = ["--data", str(images), "--out", str(run), *TINY, "--lr", "1e30", "--epochs", "9"]
-    assert pmsacl.main([*arguments, "--features", "raw"]) == 2
+    folder = tmp_path / "run"
+    arguments = [
+        "--data",
+        str(images),
+        "--out",
+        str(folder),
+        *TINY,
+        "--lr",
+        "1e30",
+        "--epochs",
+        "9",
+    ]
+    assert job.main([*arguments, "--features", "raw"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the loss is not finite" in error and "lower --lr (1e+30)" in error
-    assert not (run / "results.json").exists()
+    assert "the loss is not finite" in error and "lower --lr (" in error
+    assert not (folder / "results.json").exists()
 
 
 def test_training_on_a_flat_folder_goes_without_measures(tmp_path, images):
@@ -322,37 +342,13 @@ def test_training_on_a_flat_folder_goes_without_measures(tmp_path, images):
     root.mkdir()
     for path in (images / "train/good").iterdir():
         (root / path.name).write_bytes(path.read_bytes())
-    run = tmp_path / "run"
-    assert pmsacl.main(["--data", str(root), "--out", str(run), *TINY]) == 0
-    results = json.loads((run / "results.json").read_text())
-    assert "padim" not in results and (run / "detector.pt").exists()
+    folder = tmp_path / "run"
+    assert job.main(["--data", str(root), "--out", str(folder), *TINY]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert "padim" not in results and (folder / "detector.pt").exists()
 
 
-# --- what training loops share -----------------------------------------------------------------
-
-
-def test_generators_depend_on_every_part_of_their_key():
-    draws = [torch.rand(1, generator=shared.generator(*key)).item()
-             for key in ((0, 1), (1, 0), (0, 1, 0), (0, 2), (0, 1))]  # fmt: skip
-    assert draws[0] == draws[-1] and len(set(draws)) == 4
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"),
-                          (3599.9, "1 h 00 min"), (7500, "2 h 05 min")],
-)  # fmt: skip
-def test_durations(seconds, text):
-    assert shared.duration(seconds) == text
-
-
-def test_a_long_run_on_a_cpu_says_how_to_shorten_it(capsys, monkeypatch):
-    clock = iter(float(k) for k in range(0, 1000, 10))
-    monkeypatch.setattr(shared.time, "monotonic", lambda: next(clock))
-    meter = shared.Meter(0, 5000, 16, torch.device("cpu"))
-    for step in range(1, 5):
-        meter.show(step, "epoch 1/9", {"aug": 1.0}, last=False)
-    text = capsys.readouterr().err
-    assert "5000 steps, about 13 h" in text and "--preset quick" in text
+# --- several processes --------------------------------------------------------------------------
 
 
 def two_ranks(rank: int, folder: str) -> None:
@@ -365,11 +361,11 @@ def two_ranks(rank: int, folder: str) -> None:
     net = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     net.weight.data = weight
     z = net(x[half])
-    z_all, n_all, pair_all, rows = shared.gather(z, n[half], pair[half] - half.start)
-    loss = pmsacl.contrastive_loss(z_all, n_all, pair_all, c, rows=rows)
-    loss = loss + pmsacl.multi_centring_loss(z, n[half], c)
+    z_all, n_all, pair_all, rows = run.gather(z, n[half], pair[half] - half.start)
+    loss = contrastive_loss(z_all, n_all, pair_all, c, rows=rows)
+    loss = loss + multi_centring_loss(z, n[half], c)
     loss.backward()
-    shared.average_gradients(net)
+    run.average_gradients(net)
     value = loss.detach() / 2
     torch.distributed.all_reduce(value)
     torch.save((value, net.weight.grad), f"{folder}/rank{rank}.pt")
@@ -378,7 +374,7 @@ def two_ranks(rank: int, folder: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    g = shared.generator(0)
+    g = seeded(0)
     half = torch.arange(2).repeat_interleave(4)
     n, pair = torch.cat([half, half]), torch.arange(16) ^ 1
     x, c = torch.randn(16, 6, generator=g), torch.randn(2, 5, generator=g)
@@ -389,7 +385,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     net = torch.nn.Linear(6, 5, bias=False)
     net.weight.data = weight.clone()
     z = net(x)
-    loss = pmsacl.contrastive_loss(z, n, pair, c) + pmsacl.multi_centring_loss(z, n, c)
+    loss = contrastive_loss(z, n, pair, c) + multi_centring_loss(z, n, c)
     loss.backward()
     for rank in range(2):
         value, gradient = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)

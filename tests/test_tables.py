@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from support import tables
+from support.layouts import Dataset
 from support.run import write_file
 
 
@@ -52,6 +53,19 @@ def test_the_papers_figure_stands_beside_ours_on_its_data_set_only():
     assert "|  | IoU | Dice | Pro | Pro, all | pixel AUROC |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
     assert widths == {6, 7}
+
+
+def test_the_cells_of_a_table_never_split():
+    text = tables.markdown_table([["", "|A| = 2"], ["a", "b|c"]])
+    assert text == "|  | \\|A\\| = 2 |\n| --- | --- |\n| a | b\\|c |\n"
+
+
+def test_rows_are_of_one_origin_if_data_seed_and_protocol_are_the_same():
+    one, other = (Dataset("MVTec", Path(root), (), ()) for root in ("/a", "/b"))
+    same = tables.origin(one, 3, False)
+    assert same == {"layout": "MVTec", "root": "/a", "seed": 3, "paper_protocol": False}
+    changed = [tables.origin(other, 3, False), tables.origin(one, 4, False)]
+    assert all(origin != same for origin in [*changed, tables.origin(one, 3, True)])
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

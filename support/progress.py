@@ -1,0 +1,118 @@
+"""What the screen shows of work under way: one line of progress, and one format for durations."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+
+from support.run import ranks
+
+T = TypeVar("T")
+
+LINE_EVERY = 30.0  # seconds between progress lines where stderr is no terminal
+REFRESH_EVERY = 0.1  # seconds between progress lines on a terminal, where each replaces the last
+LONG = 2 * 3600.0  # seconds: from here on a CPU user is told how to shorten the training
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 20 s' or '2 h 05 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, from the first process only."""
+    _write(text, "\n")
+
+
+def _write(text: str, end: str) -> None:
+    """On a terminal the text replaces a progress line that was left without an end."""
+    if ranks()[0] == 0:
+        replace = "\r\x1b[K" if sys.stderr.isatty() else ""  # to the line's start, and clear it
+        print(f"{replace}{text}", end=end, file=sys.stderr, flush=True)
+
+
+class _Line:
+    """A line of progress: rewritten in place on a terminal, printed now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.shown = time.monotonic()
+
+    def show(self, text: str, now: float, *, always: bool = False) -> None:
+        """Show the text if it is time for it, or `always`."""
+        terminal = sys.stderr.isatty()
+        if always or now - self.shown >= (REFRESH_EVERY if terminal else LINE_EVERY):
+            _write(text, "" if terminal else "\n")
+            self.shown = now
+
+
+def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """Pass items on, and show how many of `total` are done and the time left.
+
+    A last line says how long all of them took; where stderr is no terminal, only if that was a
+    second or more.
+    """
+    line, done = _Line(), 0
+    start = line.shown
+    try:
+        for item in items:
+            yield item
+            done += 1
+            if done < total:
+                now = time.monotonic()
+                left = (now - start) / done * (total - done)
+                line.show(f"{label} {done}/{total}, {duration(left)} left", now)
+    finally:
+        took = time.monotonic() - start
+        if sys.stderr.isatty() or took >= 1:
+            say(f"{label} {done}/{total} in {duration(took)}")
+
+
+class Meter:
+    """Progress of a training: where it is, its losses, its speed and the time left.
+
+    done, total: steps before this process, and in all.
+    images:      of one step, over all ranks.
+    """
+
+    def __init__(self, done: int, total: int, images: int, device: torch.device) -> None:
+        self.total, self.images, self.device = total, images, device
+        self.rate = float("nan")  # images a second, from the second step of this process on
+        self.first = done + 1
+        self.line = _Line()
+        self.began = self.line.shown
+
+    def show(self, step: int, where: str, numbers: Mapping[str, float], *, last: bool) -> None:
+        """After step number `step`; `last` closes an epoch, whose line is always shown."""
+        now = time.monotonic()
+        if step <= self.first:  # the first step fills caches and would spoil the estimate
+            self.began = now
+            return
+        per_step = (now - self.began) / (step - self.first)
+        self.rate = self.images / per_step
+        left = per_step * (self.total - step)
+        if step == self.first + 3:
+            self._announce(left)
+        values = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        text = f"{where}  {values}  {self.rate:.0f} images/s  {duration(left)} left"
+        if step == self.total:
+            say(text)
+        else:
+            self.line.show(text, now, always=last)
+
+    def _announce(self, left: float) -> None:
+        """The estimate of the first steps, and how to shorten what a CPU would take hours for."""
+        say(f"{self.total} steps, about {duration(left)}")
+        if self.device.type == "cpu" and left > LONG:
+            say(
+                "that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish;"
+                " or lower --epochs and --image-size, or use a GPU"
+            )

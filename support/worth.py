@@ -1,0 +1,149 @@
+"""What a number is worth: intervals, trivial baselines, fake lesions, near-duplicates.
+
+None of this is in the paper. An AUROC means something beside what a few pixels, the file's size or
+an untrained network reach, and within the interval that its number of test images leaves.
+
+Sizes: N training images, M test images, P of them abnormal and Q normal, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from detectors import PaDiM
+from encoder import ResNet18, seeded, to_unit
+from measures import aupro, auroc
+from medmix import medmix
+
+Array = NDArray[Any]
+
+ROUNDS = 2000  # of a bootstrap
+NEIGHBOURS = 5
+THUMBNAIL = 16  # pixels a side
+FAKES = 300  # held-back healthy images that get a fake lesion, at most
+FITTED = 1000  # healthy images that the detector of fake lesions is fitted on, at most
+ALIKE = 0.995  # correlation of thumbnails above which two images count as near-duplicates
+
+
+# --- intervals -----------------------------------------------------------------------------------
+
+
+def bootstrapped_aurocs(scores: Sequence[Array], labels: Array, seed: int) -> Array:
+    """AUROCs of several detectors on the same resampled test images: (detectors, ROUNDS).
+
+    Normal and abnormal images are resampled apart, with replacement. An AUROC is the mean over all
+    pairs of [s+ > s-] + [s+ = s-] / 2, so that of a resample is a product with its counts.
+
+    scores: (M,) each.   labels: (M,) true where abnormal.
+    """
+    y, rng = np.asarray(labels, bool), np.random.default_rng([seed, 2])
+    counts = [
+        rng.multinomial(n, np.full(n, 1 / n), size=ROUNDS).astype(np.float32)
+        for n in (int(y.sum()), int((~y).sum()))
+    ]
+    values = np.zeros((len(scores), ROUNDS))
+    for row, s in zip(values, scores, strict=True):
+        positive, negative = s[y][:, None], s[~y][None]
+        for k in range(0, len(positive), 256):  # a block of the (P, Q) pairs
+            part = positive[k : k + 256]
+            wins = (part > negative).astype(np.float32) + 0.5 * (part == negative)
+            row += ((counts[0][:, k : k + 256] @ wins) * counts[1]).sum(axis=1)
+    return values / (y.sum() * (~y).sum())
+
+
+def interval(values: Array) -> list[float]:
+    """The middle 95%."""
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])]
+
+
+# --- trivial baselines ---------------------------------------------------------------------------
+
+
+def trivial_scores(
+    train: Array, test: Array, files: Sequence[Path], *, k: int = NEIGHBOURS
+) -> dict[str, Array]:
+    """Scores of the test images that need no network: name -> (M,).
+
+    The distance to the nearest training thumbnails has one direction. Of file size and brightness
+    both are given, since either may be what an abnormal image has less of.
+
+    train, test: (N, 3, S, S) and (M, 3, S, S) uint8.   files: of the test images.
+    """
+    a, b = thumbnails(train), thumbnails(test)
+    near = torch.cdist(b, a).topk(min(k, len(a)), largest=False).values.mean(dim=1).numpy()
+    size = np.array([float(path.stat().st_size) for path in files])
+    light = b.mean(dim=1).numpy()
+    return {
+        f"{k} nearest neighbours on {THUMBNAIL} x {THUMBNAIL} pixels": near,
+        "larger files": size,
+        "smaller files": -size,
+        "brighter images": light,
+        "darker images": -light,
+    }
+
+
+def thumbnails(images: Array) -> torch.Tensor:
+    """(N, 3 * 16 * 16): means over blocks of pixels, in [0, 1]."""
+    parts = []
+    for k in range(0, len(images), 256):
+        x = to_unit(images[k : k + 256], "cpu")
+        parts.append(F.adaptive_avg_pool2d(x, THUMBNAIL).flatten(1))
+    return torch.cat(parts)
+
+
+# --- fake lesions --------------------------------------------------------------------------------
+
+
+def fake_lesions(backbone: ResNet18, images: Array, *, seed: int) -> dict[str, float]:
+    """How well PaDiM on this encoder finds MedMix's lesions: needs healthy images only.
+
+    It is fitted on half of the images, and scores the other half as it is and with one, two or
+    three lesions of MedMix's default sizes, whatever the pre-training used, so that settings can be
+    compared. Choose the settings for which it is high.
+
+    images:  (N, 3, S, S) uint8, N >= 4.
+    returns: image_auroc, and aupro with the lesions' masks.
+    """
+    order = torch.randperm(len(images), generator=seeded(seed, 9)).numpy()
+    held = np.sort(order[: min(len(images) // 2, FAKES)])
+    fitted = np.sort(order[len(held) :][:FITTED])
+    detector = PaDiM(backbone, seed=seed).fit(np.asarray(images[fitted]))
+    x = to_unit(images[held], detector.device)
+    n = torch.arange(len(x)) % 3 + 1
+    fake, masks = medmix(x, n, seeded(seed, 10), classes=4)
+    maps, scores = detector.score(x)
+    fake_maps, fake_scores = detector.score(fake)
+    labels = torch.arange(2 * len(x)) >= len(x)
+    return {
+        "image_auroc": auroc(torch.cat([scores, fake_scores]), labels),
+        "aupro": aupro(
+            torch.cat([maps, fake_maps]), torch.cat([torch.zeros_like(masks), masks])[:, 0]
+        ),
+    }
+
+
+# --- near-duplicates -----------------------------------------------------------------------------
+
+
+def near_duplicates(train: Array, test: Array) -> list[tuple[int, int]]:
+    """Pairs (test image, the training image that it is nearly the same as), by thumbnails.
+
+    Thumbnails are compared by their correlation, after the mean training thumbnail is subtracted:
+    what all images of a set share (the outline of a chest) makes no duplicates.
+    """
+    a, b = thumbnails(train), thumbnails(test)
+    mean = a.mean(dim=0)
+    a, b = (F.normalize(t - mean, dim=1) for t in (a, b))
+    pairs = []
+    for k in range(0, len(b), 1024):
+        best, which = (b[k : k + 1024] @ a.T).max(dim=1)
+        alike = (best > ALIKE).nonzero()[:, 0].tolist()
+        pairs += [(k + i, int(which[i])) for i in alike]
+    return pairs

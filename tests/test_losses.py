@@ -1,0 +1,159 @@
+"""Equations 2-9 of losses.py against loops written straight from the page, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_within, generator
+from hypothesis import given
+from hypothesis import strategies as st
+from page import budget, features, printed_cross_entropy, printed_eq_3, printed_eq_5
+from torch import nn
+
+import losses
+
+
+@given(features(), st.sampled_from([0.1, 0.2, 1.0]), st.sampled_from([1.0, 2.0, 5.0]))
+def test_contrastive_loss_is_the_printed_formula_for_each_reading_of_the_positive(args, tau, alpha):
+    z, n, pair, c = args
+    scales = {"kappa": 1 / (alpha * tau), "tau": 1 / tau, 0.5: 0.5}
+    for name, scale in scales.items():
+        got = losses.contrastive_loss(z, n, pair, c, tau=tau, alpha=alpha, positive_scale=name)
+        want = printed_eq_5(z, n, pair, c, tau, alpha, scale)
+        assert float(got) == pytest.approx(want, rel=1e-11, abs=1e-11)
+        single = losses.contrastive_loss(
+            z.float(), n, pair, c.float(), tau=tau, alpha=alpha, positive_scale=name
+        )
+        assert_within(single, torch.tensor(want).double(), budget(z, want, tau))
+
+
+def test_the_readings_of_the_positive_differ():
+    z, n = torch.randn(8, 4, generator=generator(0)), torch.arange(2).repeat_interleave(4)
+    pair, c = torch.arange(8) ^ 1, torch.zeros(2, 4)
+    values = {
+        float(losses.contrastive_loss(z, n, pair, c, positive_scale=s))
+        for s in ("kappa", "tau", 0.5)
+    }
+    assert len(values) == 3
+
+
+def test_the_defaults_are_the_readings_r2_and_r3():
+    z, n = torch.randn(8, 4, generator=generator(0)), torch.arange(2).repeat_interleave(4)
+    pair, c = torch.arange(8) ^ 1, torch.randn(2, 4, generator=generator(1))
+    want = printed_eq_5(z.double(), n, pair, c.double(), 0.2, 2.0, 1 / (2.0 * 0.2))
+    assert float(losses.contrastive_loss(z, n, pair, c)) == pytest.approx(want, rel=1e-5)
+
+
+@given(features())
+def test_multi_centring_loss_is_the_printed_formula(args):
+    z, n, _, c = args
+    want = printed_eq_3(z, n, c)
+    assert float(losses.multi_centring_loss(z, n, c)) == pytest.approx(want, rel=1e-13, abs=1e-13)
+
+
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31 - 1))
+def test_classification_losses_are_the_printed_formula(rows, classes, seed):
+    g = generator(seed)
+    logits = 3 * torch.randn(rows, classes, generator=g, dtype=torch.float64)
+    target = torch.randint(classes, (rows,), generator=g)
+    want = printed_cross_entropy(logits, target)
+    for loss in (losses.augmentation_loss, losses.position_loss):
+        assert float(loss(logits, target)) == pytest.approx(want, rel=1e-12, abs=1e-12)
+
+
+@given(features(), st.integers(0, 2**31 - 1))
+def test_order_of_the_batch_changes_no_loss(args, seed):
+    z, n, pair, c = args
+    order = torch.randperm(len(z), generator=generator(seed))
+    inverse = order.argsort()
+    moved = z[order], n[order], inverse[pair[order]]
+    before = losses.contrastive_loss(z, n, pair, c)
+    after = losses.contrastive_loss(*moved, c)
+    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        losses.multi_centring_loss(z, n, c), losses.multi_centring_loss(z[order], n[order], c)
+    )
+
+
+def test_gradients_of_eq_3_8_and_9():
+    z = torch.randn(6, 3, dtype=torch.float64, generator=generator(0), requires_grad=True)
+    n = torch.tensor([0, 0, 1, 1, 2, 2])
+    c = torch.randn(3, 3, dtype=torch.float64, generator=generator(1))
+    assert torch.autograd.gradcheck(lambda v: losses.multi_centring_loss(v, n, c), z)
+    assert torch.autograd.gradcheck(lambda v: losses.augmentation_loss(v, n), z)
+    assert torch.autograd.gradcheck(lambda v: losses.position_loss(v, n), z)
+
+
+def test_gradient_at_the_centre_is_finite_and_below_its_bound():
+    z = torch.zeros(4, 8, requires_grad=True)  # every z sits exactly on its centre
+    n, pair = torch.tensor([0, 0, 1, 1]), torch.arange(4) ^ 1
+    losses.contrastive_loss(z, n, pair, torch.zeros(2, 8)).backward()
+    assert torch.isfinite(z.grad).all() and z.grad.abs().max() < 1e4
+
+
+# --- eq. 2 -------------------------------------------------------------------------------------
+
+
+class _Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x).mean(dim=(2, 3))
+
+
+def test_centres_are_class_means_and_leave_running_averages_alone():
+    g = generator(3)
+    batches = [(torch.rand(6, 3, 4, 4, generator=g), torch.tensor([0, 1, 2, 0, 1, 2])),
+               (torch.rand(3, 3, 4, 4, generator=g), torch.tensor([2, 1, 0]))]  # fmt: skip
+    encoder = _Linear().eval()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    c = losses.class_centres(encoder, batches)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    assert not encoder.norm.training and encoder.norm.track_running_stats
+    sums, counts = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3)
+    for x, n in batches:
+        mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False)
+        z = ((x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()).mean(dim=(2, 3))
+        for i in range(len(x)):
+            sums[n[i]] += z[i]
+            counts[n[i]] += 1
+    torch.testing.assert_close(c, (sums / counts[:, None]).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_centres_need_a_view_of_each_class():
+    with pytest.raises(ValueError, match="view of each class"):
+        losses.class_centres(_Linear(), [(torch.rand(2, 3, 4, 4), torch.tensor([0, 2]))])
+
+
+def test_frozen_averages_uses_the_batch_and_gives_the_mode_back():
+    net = nn.BatchNorm2d(2).eval()
+    x = 5 + torch.randn(4, 2, 3, 3, generator=generator(0))
+    with losses.frozen_averages(net):
+        y = net(x)
+    assert y.mean().abs() < 1e-5 and torch.equal(net.running_mean, torch.zeros(2))
+    assert not net.training
+
+
+# --- eq. 9's pairs
+
+
+def test_neighbours_lie_where_their_class_says():
+    """A patch that encodes its own coordinates: channel 0 holds y, channel 1 holds x."""
+    s, b = 63, 400
+    y, x = torch.meshgrid(torch.arange(s), torch.arange(s), indexing="ij")
+    images = torch.stack([y, x, torch.arange(s * s).view(s, s)]).float().expand(b, 3, s, s)
+    first, second, p = losses.patch_pairs(images, generator(5))
+    assert first.shape == second.shape == (b, 3, 32, 32) and set(p.tolist()) == set(range(8))
+    assert torch.equal(first[:, 0, 1, 0] - first[:, 0, 0, 0], torch.ones(b))  # contiguous
+    shift = second[:, :2, 0, 0] - first[:, :2, 0, 0]  # (B, 2): dy, dx
+    wanted = torch.tensor(losses.DIRECTIONS)[p]
+    assert torch.equal(shift.sign().long(), wanted)
+    moved = shift[wanted != 0].abs()
+    assert moved.min() == 24 and moved.max() == 31  # 24 + U{0..7}, all of them reached
+
+
+def test_images_too_small_for_a_pair_are_refused():
+    with pytest.raises(ValueError, match="63 px"):
+        losses.patch_pairs(torch.zeros(2, 3, 62, 62), generator(0))

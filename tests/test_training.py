@@ -1,0 +1,189 @@
+"""The one training loop: checkpoints, log, what is not finite, start weights."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+import torch
+from conftest import generator
+from test_pmsacl import TRAINED, pictures, tiny
+
+import pmsacl
+from encoder import ResNet18
+from support import training
+from support.training import start_weights, train
+
+
+class Toy:
+    """Two terms, 3 (w - 1)^2 and 2 w^2, by plain gradient descent; three steps an epoch."""
+
+    name, rate_option, device, images = "toy", "--toy-lr", torch.device("cpu"), 1
+    total, steps, rate = 6, 3, 0.01
+
+    def __init__(self):
+        self.w, self.step_done, self.worst = torch.zeros(()), 0, math.inf
+
+    def losses(self):
+        w = self.w.requires_grad_()
+        first = 3 * (w - 1) ** 2
+        return {"a": first * math.nan if self.step_done == self.worst else first, "b": 2 * w**2}
+
+    def update(self, terms):
+        (g,) = torch.autograd.grad(sum(terms.values()), self.w)
+        self.w = (self.w - self.rate * g).detach()
+        self.step_done += 1
+
+    def end_epoch(self):
+        return {"health": float(self.w)}
+
+    def state_dict(self):
+        return {"w": self.w, "nested": [{"w": self.w}], "step_done": self.step_done}
+
+    def load_state_dict(self, state):
+        self.w, self.step_done = state["w"], state["step_done"]
+
+
+def by_hand(steps):
+    """w after each step."""
+    w = [0.0]
+    for _ in range(steps):
+        w.append(w[-1] - 0.01 * (6 * (w[-1] - 1) + 4 * w[-1]))
+    return w
+
+
+def test_the_log_has_the_mean_of_each_term_over_an_epoch(tmp_path):
+    toy = Toy()
+    rows = train(toy, tmp_path / "c.pt", tmp_path / "log.csv")
+    w = by_hand(6)
+    assert float(toy.w) == pytest.approx(w[6], rel=1e-5)
+    for k, row in enumerate(rows):
+        seen = w[3 * k : 3 * k + 3]
+        assert row["a"] == pytest.approx(sum(3 * (v - 1) ** 2 for v in seen) / 3, rel=1e-5)
+        assert row["b"] == pytest.approx(sum(2 * v**2 for v in seen) / 3, rel=1e-5)
+        assert row["health"] == pytest.approx(w[3 * k + 3], rel=1e-5)
+        assert (row["epoch"], row["lr"]) == (k + 1, 0.01)
+    written = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in written] == ["1", "2"]
+
+
+def test_a_training_goes_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    whole = train(Toy(), tmp_path / "whole.pt", tmp_path / "whole.csv")
+
+    class Stopped(Toy):
+        def update(self, terms):
+            if self.step_done == 4:
+                raise KeyboardInterrupt
+            super().update(terms)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Stopped(), tmp_path / "c.pt", tmp_path / "log.csv", save_every=0.0)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step_done"] == 4
+    toy = Toy()
+    resumed = train(toy, tmp_path / "c.pt", tmp_path / "log.csv")
+    for one, two in zip(resumed, whole, strict=True):
+        drop = {"images_per_second"}
+        assert {k: v for k, v in one.items() if k not in drop} == {
+            k: v for k, v in two.items() if k not in drop
+        }
+    assert toy.step_done == 6 and train(toy, tmp_path / "c.pt", tmp_path / "log.csv") == resumed
+
+
+def test_a_loss_that_is_not_finite_touches_no_weight_and_keeps_the_checkpoint(tmp_path):
+    toy = Toy()
+    toy.worst = 4
+    with pytest.raises(FloatingPointError, match="toy the loss is not finite in epoch 2, step 2 .*"
+                       "'a': nan.*lower --toy-lr .*last good state is kept in .*c.pt"):  # fmt: skip
+        train(toy, tmp_path / "c.pt", tmp_path / "log.csv", save_every=0.0)
+    assert float(toy.w.detach()) == pytest.approx(by_hand(4)[4])
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step_done"] == 4
+    toy = Toy()
+    toy.worst = 0
+    with pytest.raises(FloatingPointError, match="no state was saved yet"):
+        train(toy, tmp_path / "none.pt", tmp_path / "log.csv")
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    class Exploding(Toy):
+        def update(self, terms):
+            super().update(terms)
+            if self.step_done == 2:
+                self.w = self.w / 0.0
+
+    with pytest.raises(FloatingPointError, match="a weight is not finite after step 2"):
+        train(Exploding(), tmp_path / "c.pt", tmp_path / "log.csv", save_every=0.0)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step_done"] == 1
+
+
+def test_checkpoints_of_another_version_and_refused_states_name_the_file(tmp_path):
+    old = {"w": torch.zeros(()), "step_done": 1, "sums": {}, "log": []}
+    for content in (old, [1], {}, old | {"format": training.FORMAT + 1}):
+        torch.save(content, tmp_path / "c.pt")
+        with pytest.raises(ValueError, match="c.pt: a checkpoint of another version"):
+            train(Toy(), tmp_path / "c.pt", tmp_path / "log.csv")
+
+    class Refusing(Toy):
+        def load_state_dict(self, state):
+            raise ValueError("of other images")
+
+    torch.save(old | {"format": training.FORMAT}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="c.pt: of other images"):
+        train(Refusing(), tmp_path / "c.pt", tmp_path / "log.csv")
+
+
+# --- the pre-training in the loop --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_each_method_trains_and_goes_on_where_it_was_stopped(method, tmp_path):
+    config = tiny(method=method)
+    images = pictures(config.image_size)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    encoder, _ = pmsacl.pretrain(images, config, tmp_path / "whole")
+    started = pmsacl.Pretraining(images, config)
+    before = {name: value.clone() for name, value in started.encoder.state_dict().items()}
+    after = encoder.state_dict()
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    started.begin()
+    started.update(started.losses())
+    training.save(started, tmp_path / "cut/checkpoint.pt", {}, [])
+    resumed, _ = pmsacl.pretrain(images, config, tmp_path / "cut")
+    assert all(torch.equal(v, after[k]) for k, v in resumed.state_dict().items())
+    row = list(csv.DictReader((tmp_path / "whole/log.csv").read_text().splitlines()))[-1]
+    assert 0 < float(row["spread"]) < 1
+    assert ("accuracy" in row) == (method in ("pmsacl", "rotnet", "csi", "ccd"))
+    assert ("distance" in row) == (method != "simclr")
+
+
+def test_the_log_of_a_warm_up_leaves_the_later_terms_empty(tmp_path):
+    config = tiny(warmup_epochs=1, epochs=2)
+    pmsacl.pretrain(pictures(), config, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert rows[0]["ctr"] == "" and float(rows[1]["ctr"]) > 0
+
+
+@pytest.mark.parametrize("method", ["simclr", "rotnet", "supcon"])
+def test_each_method_stops_when_its_loss_is_not_finite(method, tmp_path):
+    config = tiny(method=method, lr=1e30, features="raw", epochs=9)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        pmsacl.pretrain(pictures(), config, tmp_path)
+
+
+# --- start weights -----------------------------------------------------------------------------
+
+
+def test_weights_load_from_a_file_and_a_wrong_file_is_named(tmp_path):
+    source, target = ResNet18(generator(1)), ResNet18(generator(2))
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    assert start_weights(target, str(tmp_path / "weights.pt")) == "weights.pt"
+    assert torch.equal(source.conv1.weight, target.conv1.weight)
+    wrong = tmp_path / "other.pt"
+    for content in ({"a": torch.zeros(1)}, [1], {1: torch.zeros(1)}, "not weights", ""):
+        torch.save(content, wrong) if not isinstance(content, str) else wrong.write_text(content)
+        with pytest.raises(ValueError, match="--init .*other.pt: no state dict of a resnet18") as e:
+            start_weights(target, str(wrong))
+        assert "weights_only" not in str(e.value)
+    with pytest.raises(ValueError, match="--init .*nowhere.pt: No such file"):
+        start_weights(target, str(tmp_path / "nowhere.pt"))
