@@ -10,21 +10,23 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from baselines.lesion_classifier import LesionClassifier
 from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
 from support import data, figures, layouts
 from support.progress import progress, say
-from support.run import Parser, pick_device, read_json, read_saved, write_file
+from support.run import Parser, pick_device, read_json, read_saved
+from support.scoring import score_files
 from support.tables import measured, origin, write_results, write_scores
+from support.worth import add_worth
 
 Array = NDArray[Any]
 
@@ -32,8 +34,12 @@ VALIDATION = 50  # images of each class that set the thresholds              [P:
 GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]
 GROUP_SIZE = 100  # images                                                   [P:§4.5.1]
 BATCH_SIZE = 8  # images scored at a time
-DETECTOR_FILES = ("detector.pt", "detector_igd.pt")  # of a run
-MAPS_FOR_SCALE = 64  # new images whose heat maps set the colour scale if there are no test images
+DETECTOR_FILES = ("detector.pt", "detector_igd.pt", "detector_f_beta.pt")  # of a run
+DETECTORS: dict[str, Any] = {
+    "padim": PaDiM,
+    "igd": IGD,
+    "f_beta": LesionClassifier,
+}  # by the kind in their files
 MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: heat maps of a larger set are kept in a temporary file
 
 
@@ -179,28 +185,35 @@ def localisation(
 
 def score_set(
     detector: Any, images: Array, *, batch: int = BATCH_SIZE, label: str = "score"
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     """Scores and heat maps of a whole set, with a progress line.
 
-    detector: score(images (B, 3, S, S) uint8) -> maps (B, S, S) float32, scores (B,).
+    detector: score(images (B, 3, S, S) uint8) -> maps (B, S, S) float32 or None, scores (B,).
     images:   (N, 3, S, S) uint8; a memory-map is read batch by batch.
-    returns:  scores (N,) float32 and maps (N, S, S) float32, in a temporary file if large.
+    returns:  scores (N,) float32 and maps (N, S, S) float32, in a temporary file if large, or None.
     raises:   ValueError if a score or heat map is NaN.
     """
     n, side = len(images), images.shape[-1]
     scores: Array = np.zeros(n, np.float32)
-    maps: Array
-    if n * side * side > MAPS_IN_MEMORY:
-        with tempfile.TemporaryFile() as file:
-            maps = np.memmap(file, np.float32, "w+", shape=(n, side, side))
-    else:
-        maps = np.zeros((n, side, side), np.float32)
+    maps: Array | None = None
     for k in progress(range(0, n, batch), -(-n // batch), label):
         part = slice(k, k + batch)
-        maps[part], scores[part] = (v.cpu().numpy() for v in detector.score(np.array(images[part])))
-        if np.isnan(scores[part]).any() or np.isnan(maps[part]).any():
+        some_maps, some_scores = detector.score(np.array(images[part]))
+        scores[part] = some_scores.cpu().numpy()
+        if some_maps is not None:
+            maps = _room_for_maps(n, side) if maps is None else maps
+            maps[part] = some_maps.cpu().numpy()
+        if np.isnan(scores[part]).any() or (maps is not None and np.isnan(maps[part]).any()):
             raise ValueError(f"{label}: the detector gives NaN in images {k} to {k + batch - 1}")
     return scores, maps
+
+
+def _room_for_maps(n: int, side: int) -> Array:
+    """(N, S, S) float32, in a temporary file if large."""
+    if n * side * side <= MAPS_IN_MEMORY:
+        return np.zeros((n, side, side), np.float32)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=(n, side, side))
 
 
 def evaluate(
@@ -214,6 +227,7 @@ def evaluate(
     seed: int,
     paper_protocol: bool = False,
     batch: int = BATCH_SIZE,
+    baselines: Mapping[str, Array] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score the test images, apply the protocol, write results, scores and figures.   [P:§4.3]
@@ -222,45 +236,63 @@ def evaluate(
     dataset:   its test samples are those of `images`, in the same order.
     detectors: name of the row (padim, igd, untrained) -> detector; scored one after the other.
     images:    (N, 3, S, S) uint8.   masks: (N, S, S).   known: (N,) bool.
+    baselines: name -> scores (N,); the best of them becomes the row `trivial`.
     extra:     top-level entries of results.json: config, seconds, init, rows of other detectors.
     returns:   what results.json holds. Nothing is written before all of it is computed.
     raises:    ValueError as `protocol`, before anything is scored.
     """
-    if len(dataset.test) != len(images):
-        raise ValueError(f"{len(images)} images for {len(dataset.test)} test samples")
-    dataset.check_test()
     started = time.perf_counter()
-    samples = dataset.test
-    labels = np.array([sample.label for sample in samples], bool)
-    validation = validation_split(labels, seed)
-    usable = ~validation & (known if masks is not None and known is not None else True)
+    dataset.check_test(len(images))
+    labels = np.array([sample.label for sample in dataset.test], bool)
+    test = paper_protocol | ~(validation := validation_split(labels, seed))
+    shown = ~validation & (known if masks is not None and known is not None else True)
+    shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
     rows, scores, drawn = {}, {}, {}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
-        row = protocol(s, labels, maps, masks, known, seed=seed, paper_protocol=paper_protocol)
-        row["map_scale"] = figures.map_scale(maps, labels)
-        row["data"] = origin(dataset, seed, paper_protocol)
-        cases = figures.choose_cases(s, labels, usable)
-        drawn[name] = figures.localisation_figure(images, maps, masks, samples, s, row, cases, name)
-        rows[name], scores[name] = row, s
-    results = {**rows, **(extra or {})}
-    results["seconds"] = {**results.get("seconds", {}), "evaluate": time.perf_counter() - started}
+        rows[name], scores[name] = protocol(s, labels, maps, masks, known, **shared), s
+        if maps is not None:
+            rows[name]["image_auroc_mean_of_map"] = auroc(maps.mean((1, 2))[test], labels[test])
+            rows[name]["map_scale"] = figures.map_scale(maps, labels)
+            of_set = images, maps, masks, dataset.test, s, rows[name]
+            cases = figures.choose_cases(s, labels, shown)
+            drawn[f"localisation_{name}"] = figures.localisation_figure(*of_set, cases, name)
+    if baselines:
+        rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
+    add_worth(rows, scores, labels, test, [sample.kind for sample in dataset.test], seed)
+    rows = {name: row | {"data": origin(dataset, **shared)} for name, row in rows.items()}
+    results = {"seconds": {}, **rows, **(extra or {})}
+    results["seconds"]["evaluate"] = time.perf_counter() - started
     write_results(folder, results)
-    write_scores(folder, samples, scores, rows, validation)
-    for name, figure in drawn.items():
-        write_file(folder / "figures" / f"localisation_{name}.png", figures.png(figure))
+    write_scores(folder, dataset.test, scores, rows, validation)
+    figures.write_all(folder, drawn)
     return results
 
 
-def load(path: str | Path, device: str = "cpu") -> PaDiM | IGD:
+def best_baseline(
+    baselines: Mapping[str, Array], labels: Array, *, seed: int, paper_protocol: bool
+) -> tuple[dict[str, Any], Array]:
+    """The row of the baseline with the highest AUROC, with its name, and its scores.
+
+    Chosen by the test labels, in its favour: what a detector has to beat.
+    """
+    rows = {
+        name: protocol(s, labels, seed=seed, paper_protocol=paper_protocol)
+        for name, s in baselines.items()
+    }
+    best = max(rows, key=lambda name: rows[name]["image_auroc"])
+    every = {name: row["image_auroc"] for name, row in rows.items()}
+    return rows[best] | {"baseline": best, "baselines": every}, baselines[best]
+
+
+def load(path: str | Path, device: str = "cpu") -> Any:
     """The detector that a file holds, by its "kind".   raises: ValueError, or OSError."""
     state = read_saved(path, "detector", device)
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path}: not a detector file")
-    kinds: dict[str, type[PaDiM] | type[IGD]] = {"padim": PaDiM, "igd": IGD}
-    if state["kind"] not in kinds:
+    if state["kind"] not in DETECTORS:
         raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
-    return kinds[state["kind"]].of(state, device)
+    return DETECTORS[state["kind"]].of(state, device)
 
 
 def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -270,8 +302,9 @@ def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any],
     if not files or "image_size" not in config:
         raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
     loaded = [load(path, pick_device(device)) for path in files]
-    detectors = {type(detector).__name__.lower(): detector for detector in loaded}
-    return config, read_json(folder / "results.json"), detectors
+    kinds = {cls: kind for kind, cls in DETECTORS.items()}
+    named = {kinds.get(cls := type(d), cls.__name__.lower()): d for d in loaded}
+    return config, read_json(folder / "results.json"), named
 
 
 def evaluate_run(
@@ -313,55 +346,7 @@ def evaluate_run(
     )  # fmt: skip
 
 
-# --- New images, and the command line ------------------------------------------------------------
-
-
-def score_files(
-    folder: Path, paths: Sequence[Path], *, skip_bad: bool, batch: int, device: str
-) -> None:
-    """Print a line for each new image and write its heat map beside it, as NAME.heatmap.png.
-
-    A run without test images has no thresholds: its scores are printed without a verdict, and the
-    heat maps share a colour scale from the first MAPS_FOR_SCALE of the new images.
-    raises: ValueError, before anything is written, if an image cannot be read, or a heat map would
-            replace a file that is not ours.  OSError if a folder cannot be written to.
-    """
-    config, results, detectors = load_run(folder, device)
-    targets = figures.heatmap_files(paths)
-    for parent in {target.parent for target in targets.values()}:
-        tempfile.TemporaryFile(dir=parent).close()  # fails in a folder that is not writable
-    with tempfile.TemporaryDirectory() as cache:
-        size = int(config["image_size"])
-        images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
-        files = [list(targets)[i] for i in kept]
-        scored = _scored(detectors, images, batch)
-        scales = {name: results[name]["map_scale"] for name in detectors if name in results}
-        unscaled = [name for name in detectors if name not in scales]
-        first = list(islice(scored, MAPS_FOR_SCALE)) if unscaled else []
-        for name in unscaled:
-            scales[name] = figures.map_scale(np.stack([of_image[name][0] for of_image in first]))
-        for file, image, of_image in zip(files, images, chain(first, scored), strict=True):
-            line, captions = [str(file)], []
-            for name, (_, score) in of_image.items():
-                high = name in results and score >= results[name]["threshold"]
-                verdict = ["abnormal" if high else "normal"] if name in results else []
-                line += [name, f"{score:.6g}", *verdict]
-                captions.append(", ".join([f"{name}: {score:.4g}", *verdict]))
-            maps = {name: heat_map for name, (heat_map, _) in of_image.items()}
-            figure = figures.heatmap_figure(image, maps, scales, captions, title=file.name)
-            write_file(targets[file], figures.png(figure, file.name))
-            print("\t".join(line), flush=True)
-
-
-def _scored(
-    detectors: Mapping[str, Any], images: Array, batch: int
-) -> Iterator[dict[str, tuple[Array, float]]]:
-    """The heat map (S, S) and the score of each image, by the detector's name."""
-    for k in range(0, len(images), batch):
-        part = np.array(images[k : k + batch])
-        scored = {name: detector.score(part) for name, detector in detectors.items()}
-        for i in range(len(part)):
-            yield {n: (maps[i].cpu().numpy(), float(s[i])) for n, (maps, s) in scored.items()}
+# --- The command line -----------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -383,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
         shared = {"skip_bad": args.skip_bad, "batch": args.batch_size, "device": args.device}
         if args.score:
-            score_files(args.run, args.score, **shared)
+            config, results, detectors = load_run(args.run, args.device)
+            score_files(detectors, config, results, args.score, args.skip_bad, args.batch_size)
         else:
             evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
             print((args.run / "results.md").read_text(), end="")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from support.layouts import EXTENSIONS, Sample
+from support.run import write_file
 
 Array = NDArray[Any]
 
@@ -215,6 +216,12 @@ def png(image: Image.Image, source: str = "") -> bytes:
     info.add_text("Source", source)
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def write_all(folder: Path, drawn: Mapping[str, Image.Image]) -> None:
+    """figures/NAME.png of a run's folder, for each."""
+    for name, figure in drawn.items():
+        write_file(folder / "figures" / f"{name}.png", png(figure))
 
 
 def source_of(path: Path) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from baselines.lesion_classifier import LesionClassifier
 from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
@@ -44,6 +45,7 @@ from support.run import (
 )
 from support.tables import write_results
 from support.training import train
+from support.worth import fake_lesions, near_duplicates, trivial_scores
 
 
 @dataclass(frozen=True)
@@ -104,20 +106,22 @@ def main_job(config: Config, folder: Path) -> None:
     with first_process_first():  # it draws and decodes, the others read
         images = prepare(config, folder)
     say(plan(config, images, folder))
+    warn_of_near_duplicates(images)
 
     began = time.monotonic()
     encoder, init = pretrain(images.train, config, folder)
-    patches = None  # the encoder of IGD's local model
-    if config.detector != "padim" and has_local_model(config):
-        patches, _ = pretrain(images.train, config, folder, local=True)
+    local = has_local_model(config)
+    patches = pretrain(images.train, config, folder, local=True)[0] if local else None
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return  # the detectors are one process's work
     save_atomically(encoder.backbone.state_dict(), folder / "encoder.pt")
     draw_views(images, config, folder)
 
+    fakes = watch_fake_lesions(encoder, images, config)
     detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
+    extra |= {"fake_lesions": fakes}
     if images.test is None:
         write_results(folder, extra)
         say(f"no test images: score some with  python eval.py {folder} --score FILES")
@@ -131,6 +135,7 @@ def main_job(config: Config, folder: Path) -> None:
         images.known,
         seed=config.seed,
         paper_protocol=config.paper_protocol,
+        baselines=trivial_scores(images.train, images.test, images.dataset.test),
         extra=extra,
     )
     print((folder / "results.md").read_text(), end="")
@@ -138,8 +143,9 @@ def main_job(config: Config, folder: Path) -> None:
 
 
 def has_local_model(config: Config) -> bool:
-    """Whether IGD gets a model of patches.   [P:§4.2]"""
-    return config.local == "yes" or (config.local == "auto" and config.image_size > 64)
+    """Whether there is IGD, with a model of patches.   [P:§4.2]"""
+    wanted = config.local == "yes" or (config.local == "auto" and config.image_size > 64)
+    return config.detector != "padim" and wanted
 
 
 def fit_detectors(
@@ -166,9 +172,27 @@ def fit_detectors(
         name = "detector_igd.pt" if "padim" in detectors else "detector.pt"
         save_detector(detectors["igd"], folder / name)
         seconds["igd"] = time.monotonic() - began
-    untrained = ResNet18(seeded(config.seed, 2)).to(config.device).eval()
-    detectors["untrained"] = fit_padim(untrained, images.train, config)
+    if config.classes > 1 and "aug" in config.names_of_terms(local=False):
+        detectors["f_beta"] = LesionClassifier(encoder)
+        save_detector(detectors["f_beta"], folder / "detector_f_beta.pt")
+    detectors["untrained"] = fit_padim(untrained(config), images.train, config)
     return detectors
+
+
+def untrained(config: Config) -> ResNet18:
+    """The network that the pre-training starts from where --init is random."""
+    return ResNet18(seeded(config.seed, 2)).to(config.device).eval()
+
+
+def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict[str, Any]:
+    """How well fake lesions are found, with the encoder and with the untrained one; said."""
+    fakes: dict[str, Any] = fake_lesions(encoder.backbone, images.train, seed=config.seed)
+    fakes["untrained"] = fake_lesions(untrained(config), images.train, seed=config.seed)
+    auroc, aupro = (
+        f"{fakes[k]:.3f} ({fakes['untrained'][k]:.3f})" for k in ("image_auroc", "aupro")
+    )
+    say(f"fake lesions (untrained): image AUROC {auroc}, AUPRO {aupro}; healthy images only")
+    return fakes
 
 
 def fit_padim(backbone: ResNet18, images: np.ndarray, config: Config) -> PaDiM:
@@ -228,6 +252,18 @@ def plan(config: Config, images: Images, folder: Path) -> str:
         "batches of "
         f"{config.batch_size} images ({2 * config.classes * config.batch_size} views) at "
         f"{config.image_size} px on {config.device}; results go to {folder}"
+    )
+
+
+def warn_of_near_duplicates(images: Images) -> None:
+    """Say so if test images are nearly the same as training images."""
+    if images.test is None or not (pairs := near_duplicates(images.train, images.test)):
+        return
+    test, train = pairs[0]
+    dataset = images.dataset
+    say(
+        f"warning: {len(pairs)} test images are nearly the same as a training image, such as "
+        f"{dataset.test[test].path} and {dataset.train[train]}: the results may be too good"
     )
 
 

@@ -50,8 +50,13 @@ class Dataset:
         """Whether any abnormal test image has a mask: pixel measures need one."""
         return any(s.mask is not None for s in self.test)
 
-    def check_test(self) -> None:
-        """raises: ValueError if the test images, where there are any, are all of one class."""
+    def check_test(self, count: int | None = None) -> None:
+        """raises: ValueError if the test images, where there are any, are all of one class.
+
+        count: the number of decoded images, one for each sample.
+        """
+        if count not in (None, len(self.test)):
+            raise ValueError(f"{count} images for {len(self.test)} test samples")
         abnormal = sum(s.label for s in self.test)
         if self.test and abnormal in (0, len(self.test)):
             raise ValueError(

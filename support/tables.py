@@ -120,7 +120,11 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:
     """The measures of each detector among the entries of results.json."""
-    return {k: v for k, v in results.items() if isinstance(v, dict) and "image_auroc" in v}
+    return {
+        k: v
+        for k, v in results.items()
+        if k != "fake_lesions" and isinstance(v, dict) and "image_auroc" in v
+    }
 
 
 def origin(dataset: Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
@@ -147,6 +151,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         f"{count['test_normal']} normal and {count['test_abnormal']} abnormal ones. "
         f"Start weights: {results.get('init', 'unknown')}.\n",
         _table(1, rows, ("image_auroc", "specificity", "sensitivity", "accuracy"), counterparts),
+        *_worth(rows, results.get("fake_lesions")),
     ]
     segmented = {name: row for name, row in rows.items() if "iou" in row}
     if segmented:
@@ -166,6 +171,40 @@ def results_table(results: Mapping[str, Any]) -> str:
             )
     text += dict.fromkeys(f"- {note}" for row in rows.values() for note in row["notes"])
     return "\n".join(text) + "\n"
+
+
+def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str]:
+    """What the AUROCs are worth: intervals, differences, the trivial baseline, fake lesions."""
+    kinds = sorted({kind for row in rows.values() for kind in row.get("kinds", ())})
+    lines = [["", "AUC", "95% interval", "over untrained", "mean of map", *kinds]]
+    for name, row in rows.items():
+        if "image_auroc_interval" not in row:
+            continue  # of an older run
+        low, high = row["image_auroc_interval"]
+        cells = [name, f"{row['image_auroc']:.3f}", f"{low:.3f} to {high:.3f}", "", ""]
+        if over := row.get("over_untrained"):
+            low, high = over["interval"]
+            cells[3] = f"{over['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        if "image_auroc_mean_of_map" in row:
+            cells[4] = f"{row['image_auroc_mean_of_map']:.3f}"
+        of_kinds = row.get("kinds", {})
+        lines.append(cells + [f"{of_kinds[k]:.3f}" if k in of_kinds else "" for k in kinds])
+    if len(lines) == 1:
+        return []
+    text = [markdown_table(lines)]
+    text.append("Bootstrap over test images, paired for the differences. ")
+    if "trivial" in rows:
+        text[-1] += f"trivial: {rows['trivial']['baseline']}, the best of five without a network. "
+    if "f_beta" in rows:
+        text[-1] += "f_beta: 1 - P(no fake lesion), R30. "
+    if fakes:
+        text[-1] += (
+            f"Fake lesions on held-back healthy images: image AUROC {fakes['image_auroc']:.3f}, "
+            f"AUPRO {fakes['aupro']:.3f} (untrained: {fakes['untrained']['image_auroc']:.3f}, "
+            f"{fakes['untrained']['aupro']:.3f})."
+        )
+    text[-1] = text[-1].rstrip() + "\n"
+    return text
 
 
 def _table(

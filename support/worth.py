@@ -8,8 +8,7 @@ Sizes: N training images, M test images, P of them abnormal and Q normal, S pixe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from detectors import PaDiM
 from encoder import ResNet18, seeded, to_unit
 from measures import aupro, auroc
 from medmix import medmix
+from support.layouts import Sample
 
 Array = NDArray[Any]
 
@@ -63,22 +63,55 @@ def interval(values: Array) -> list[float]:
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
 
+def add_worth(
+    rows: Mapping[str, dict[str, Any]],
+    scores: Mapping[str, Array],
+    labels: Array,
+    test: Array,
+    kinds: Sequence[str],
+    seed: int,
+) -> None:
+    """What each AUROC is worth, into its row; all rows see the same resampled test images.
+
+    rows, scores: of each detector; scores are (M,), of the test images.
+    labels, test, kinds: true where abnormal; true where measured; the kind of each image.
+
+    image_auroc_interval: 95% bootstrap interval over the test images.
+    over_untrained:       the difference to the row `untrained`, and its 95% interval, paired.
+    kinds:                the AUROC of each kind of abnormal image, where there are several.
+    """
+    y, kind = labels[test], np.array(kinds)[test]
+    drawn = dict(zip(scores, bootstrapped_aurocs([s[test] for s in scores.values()], y, seed),
+                     strict=True))  # fmt: skip
+    for name, row in rows.items():
+        row["image_auroc_interval"] = interval(drawn[name])
+        if "untrained" in rows and name != "untrained":
+            row["over_untrained"] = {
+                "difference": row["image_auroc"] - rows["untrained"]["image_auroc"],
+                "interval": interval(drawn[name] - drawn["untrained"]),
+            }
+        abnormal = sorted(set(kind[y]))
+        if len(abnormal) > 1:
+            s = scores[name][test]
+            row["kinds"] = {k: auroc(s[~y | (kind == k)], y[~y | (kind == k)]) for k in abnormal}
+
+
 # --- trivial baselines ---------------------------------------------------------------------------
 
 
 def trivial_scores(
-    train: Array, test: Array, files: Sequence[Path], *, k: int = NEIGHBOURS
+    train: Array, test: Array, samples: Sequence[Sample], *, k: int = NEIGHBOURS
 ) -> dict[str, Array]:
     """Scores of the test images that need no network: name -> (M,).
 
     The distance to the nearest training thumbnails has one direction. Of file size and brightness
     both are given, since either may be what an abnormal image has less of.
 
-    train, test: (N, 3, S, S) and (M, 3, S, S) uint8.   files: of the test images.
+    train, test: (N, 3, S, S) and (M, 3, S, S) uint8.   samples: of the test images.
     """
     a, b = thumbnails(train), thumbnails(test)
     near = torch.cdist(b, a).topk(min(k, len(a)), largest=False).values.mean(dim=1).numpy()
-    size = np.array([float(path.stat().st_size) for path in files])
+    size = np.array([float(sample.path.stat().st_size) for sample in samples])
     light = b.mean(dim=1).numpy()
     return {
         f"{k} nearest neighbours on {THUMBNAIL} x {THUMBNAIL} pixels": near,
@@ -136,11 +169,13 @@ def near_duplicates(train: Array, test: Array) -> list[tuple[int, int]]:
     """Pairs (test image, the training image that it is nearly the same as), by thumbnails.
 
     Thumbnails are compared by their correlation, after the mean training thumbnail is subtracted:
-    what all images of a set share (the outline of a chest) makes no duplicates.
+    what all images of a set share (the outline of a chest) makes no duplicates. An image's own mean
+    is subtracted too, so that a brighter copy is one.
     """
     a, b = thumbnails(train), thumbnails(test)
     mean = a.mean(dim=0)
-    a, b = (F.normalize(t - mean, dim=1) for t in (a, b))
+    a, b = (t - mean for t in (a, b))
+    a, b = (F.normalize(t - t.mean(dim=1, keepdim=True), dim=1) for t in (a, b))
     pairs = []
     for k in range(0, len(b), 1024):
         best, which = (b[k : k + 1024] @ a.T).max(dim=1)

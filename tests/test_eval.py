@@ -22,7 +22,7 @@ import measures
 from detectors import PaDiM
 from encoder import ResNet18
 from igd import IGD
-from support import layouts
+from support import layouts, scoring
 
 U64 = 2.0**-53  # one rounding in float64
 
@@ -448,7 +448,7 @@ def test_without_test_images_the_first_new_ones_set_the_scale(run, tmp_path, cap
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(evaluation.figures, "heatmap_figure", noted)
-    monkeypatch.setattr(evaluation, "MAPS_FOR_SCALE", 3)
+    monkeypatch.setattr(scoring, "MAPS_FOR_SCALE", 3)
     new = tmp_path / "new"
     shutil.copytree(tmp_path / "set" / "test", new)
     assert evaluation.main([str(run), "--score", str(new), "--batch-size", "2"]) == 0

@@ -283,11 +283,14 @@ CASES = {
 
 
 @pytest.fixture(params=list(CASES))
-def case(request) -> tuple[Training, np.ndarray]:
-    """A training of either model, on the CPU, since a GPU computes in bfloat16."""
+def case(request, monkeypatch) -> tuple[Training, np.ndarray]:
+    """A training of either model in float64, in which no ReLU depends on rounding; on the CPU."""
     settings, data = CASES[request.param]
     trainings = small(device=torch.device("cpu"), **settings).trainings(data)
-    return next(t for t in trainings if t.which == request.param), data
+    training = next(t for t in trainings if t.which == request.param)
+    training.model.double(), training.critic.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    return training, data
 
 
 def test_the_losses_and_their_gradients_are_those_of_the_page(case):
@@ -299,16 +302,16 @@ def test_the_losses_and_their_gradients_are_those_of_the_page(case):
         terms = training.losses()
         model.mu.copy_(training.model.mu)
         model.sigma2.copy_(training.model.sigma2)
-        model.double().train(), network.double()
-        model.backbone.train(not joined)
+        model.train().backbone.train(not joined)
         x = page_batch(training, data)
         draws = seeded(training.igd.seed, 22, training.step_done)
-        alpha = (torch.rand(len(x), generator=draws) / 2).double()
+        alpha = torch.rand(len(x), generator=draws) / 2  # float32, as drawn
         want = page_terms(training, model, network, x, alpha)
         assert list(terms) == list(want)
         for name, term in terms.items():
             wanted = want[name].item()
-            assert term.item() == pytest.approx(wanted, rel=1e-4, abs=1e-7), name
+            assert term.dtype == torch.float64
+            assert term.item() == pytest.approx(wanted, rel=1e-9), name
         loss = want["rec"] + want["critic"] + (want["h"] if joined else 0)
         pairs = [(training.model, model, loss), (training.critic, network, want["critic_loss"])]
         gradients = [torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
@@ -317,8 +320,8 @@ def test_the_losses_and_their_gradients_are_those_of_the_page(case):
         for (ours, _, _), of_page in zip(pairs, gradients, strict=True):
             for (name, p), g in zip(ours.named_parameters(), of_page, strict=True):
                 assert p.grad is not None and g is not None and g.abs().max() > 0, name
-                atol = 1e-2 * float(g.abs().max())  # a ReLU within rounding of 0 may differ
-                torch.testing.assert_close(p.grad.double(), g, rtol=0, atol=atol, msg=name)
+                atol = 1e-7 * float(g.abs().max())
+                torch.testing.assert_close(p.grad, g, rtol=0, atol=atol, msg=name)
     assert not training.model.training
 
 
@@ -335,25 +338,24 @@ def test_a_step_is_adam_with_a_polynomial_decay_and_a_rate_for_the_encoder(case)
     squares: dict[nn.Parameter, Tensor] = {}
     while training.step_done < training.total:
         t, terms = training.step_done, training.losses()
-        before = {p: p.detach().double() for net, _, _ in groups for p in net.parameters()}
+        before = {p: p.detach().clone() for net, _, _ in groups for p in net.parameters()}
         decay = (1 - t / training.total) ** 0.9
         assert training.rate == pytest.approx(igd.lr * decay)
         training.update(terms)
         for network, lr, weight_decay in groups:
             for p in network.parameters():
                 assert p.grad is not None
-                g = p.grad.double() + weight_decay * before[p]
+                g = p.grad + weight_decay * before[p]
                 squares[p] = 0.9 * squares.get(p, torch.zeros_like(g)) + 0.1 * g * g
                 v = squares[p] / (1 - 0.9 ** (t + 1))
                 step = lr * decay * g / (v.sqrt() + 1e-8)  # the first moment is g: beta is 0
-                atol = 1e-3 * lr * decay + 2.0**-23 * float(before[p].abs().max())
-                torch.testing.assert_close(p.detach().double(), before[p] - step, rtol=0, atol=atol)
+                torch.testing.assert_close(p.detach(), before[p] - step, rtol=0, atol=1e-9 * lr)
 
 
 def test_mu_and_sigma_are_those_of_all_training_images_whenever_they_are_due(case):
     """At the start, when eq. 12 joins and every `interval` epochs from there on."""
     training, data = case
-    whole = torch.from_numpy(data).float() / 255
+    whole = torch.from_numpy(data).double() / 255
     whole = whole if training.which == "global" else unfold(whole, 16)
     kept, due = None, {0, *range(training.warmup, training.epochs)}  # the interval is one epoch
     while training.step_done < training.total:
@@ -362,14 +364,14 @@ def test_mu_and_sigma_are_those_of_all_training_images_whenever_they_are_due(cas
         terms = training.losses()
         if position == 0 and epoch in due:
             with torch.no_grad():
-                z = model.encode(whole).double()
+                z = model.encode(whole)
             mean = [sum(float(v) for v in z[:, k]) / len(z) for k in range(Z)]
             square = sum(sum((float(v) - m) ** 2 for v, m in zip(row, mean, strict=True))
                          for row in z)  # fmt: skip
             kept = mean, max(0.6 * square / len(z), 1e-3)
         assert kept is not None
-        np.testing.assert_allclose(training.model.mu, kept[0], rtol=1e-4, atol=1e-6)
-        assert float(training.model.sigma2) == pytest.approx(kept[1], rel=1e-3)
+        np.testing.assert_allclose(training.model.mu, kept[0], rtol=1e-9, atol=1e-12)
+        assert float(training.model.sigma2) == pytest.approx(kept[1], rel=1e-9)
         training.update(terms)
 
 
