@@ -196,7 +196,7 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
     if "trivial" in rows:
         text[-1] += f"trivial: {rows['trivial']['baseline']}, the best of five without a network. "
     if "f_beta" in rows:
-        text[-1] += "f_beta: 1 - P(no fake lesion), R30. "
+        text[-1] += "f_beta: 1 - P(no fake lesion), R22. "
     if fakes:
         text[-1] += (
             f"Fake lesions on held-back healthy images: image AUROC {fakes['image_auroc']:.3f}, "
