@@ -296,7 +296,7 @@ def case(request, monkeypatch) -> tuple[Training, np.ndarray]:
 def test_the_losses_and_their_gradients_are_those_of_the_page(case):
     """Each network gets the gradient of its own terms; eq. 12 joins when its warm-up is over."""
     training, data = case
-    training.igd.sigma2_least = 30.0  # or h would be 1 in the warm-up, without a gradient to miss
+    training.igd.sigma2_least = 3.0  # or h would be 1 in the warm-up, without a gradient to miss
     while training.step_done < training.total:
         joined = training.step_done >= training.warmup * training.steps
         model, network = copy.deepcopy(training.model), copy.deepcopy(training.critic)
