@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
-from support import data, figures, layouts
+from support import cards, data, figures, layouts, new_images, report
 from support.progress import progress, say
 from support.run import Parser, pick_device, read_json, read_saved, write_file
 from support.tables import measured, origin, write_results, write_scores
@@ -229,12 +229,11 @@ def evaluate(
     if len(dataset.test) != len(images):
         raise ValueError(f"{len(images)} images for {len(dataset.test)} test samples")
     dataset.check_test()
-    started = time.perf_counter()
-    samples = dataset.test
+    started, samples = time.perf_counter(), dataset.test
     labels = np.array([sample.label for sample in samples], bool)
     validation = validation_split(labels, seed)
     usable = ~validation & (known if masks is not None and known is not None else True)
-    rows, scores, drawn = {}, {}, {}
+    rows, scores, drawn, shown = {}, {}, {}, {}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
         row = protocol(s, labels, maps, masks, known, seed=seed, paper_protocol=paper_protocol)
@@ -242,6 +241,7 @@ def evaluate(
         row["data"] = origin(dataset, seed, paper_protocol)
         cases = figures.choose_cases(s, labels, usable)
         drawn[name] = figures.localisation_figure(images, maps, masks, samples, s, row, cases, name)
+        shown[name] = cards.gallery(images, maps, masks, samples, s, row, validation)
         rows[name], scores[name] = row, s
     results = {**rows, **(extra or {})}
     results["seconds"] = {**results.get("seconds", {}), "evaluate": time.perf_counter() - started}
@@ -249,6 +249,7 @@ def evaluate(
     write_scores(folder, samples, scores, rows, validation)
     for name, figure in drawn.items():
         write_file(folder / "figures" / f"localisation_{name}.png", figures.png(figure))
+    report.write_report(folder, dataset, results, scores, validation, shown)
     return results
 
 
@@ -327,30 +328,29 @@ def score_files(
             replace a file that is not ours.  OSError if a folder cannot be written to.
     """
     config, results, detectors = load_run(folder, device)
-    targets = figures.heatmap_files(paths)
+    targets, size = figures.heatmap_files(paths), int(config["image_size"])
     for parent in {target.parent for target in targets.values()}:
         tempfile.TemporaryFile(dir=parent).close()  # fails in a folder that is not writable
     with tempfile.TemporaryDirectory() as cache:
-        size = int(config["image_size"])
         images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
         files = [list(targets)[i] for i in kept]
         scored = _scored(detectors, images, batch)
         scales = {name: results[name]["map_scale"] for name in detectors if name in results}
-        unscaled = [name for name in detectors if name not in scales]
-        first = list(islice(scored, MAPS_FOR_SCALE)) if unscaled else []
-        for name in unscaled:
+        first = list(islice(scored, MAPS_FOR_SCALE)) if len(scales) < len(detectors) else []
+        for name in [name for name in detectors if name not in scales]:
             scales[name] = figures.map_scale(np.stack([of_image[name][0] for of_image in first]))
+        new = new_images.NewImages(results, scales)
         for file, image, of_image in zip(files, images, chain(first, scored), strict=True):
+            verdicts = new.add(file, image, of_image)
             line, captions = [str(file)], []
             for name, (_, score) in of_image.items():
-                high = name in results and score >= results[name]["threshold"]
-                verdict = ["abnormal" if high else "normal"] if name in results else []
-                line += [name, f"{score:.6g}", *verdict]
-                captions.append(", ".join([f"{name}: {score:.4g}", *verdict]))
+                line += [name, f"{score:.6g}", *verdicts[name]]
+                captions.append(", ".join([f"{name}: {score:.4g}", *verdicts[name]]))
             maps = {name: heat_map for name, (heat_map, _) in of_image.items()}
             figure = figures.heatmap_figure(image, maps, scales, captions, title=file.name)
             write_file(targets[file], figures.png(figure, file.name))
             print("\t".join(line), flush=True)
+        new_images.write_score_report(folder, new)
 
 
 def _scored(
