@@ -23,7 +23,7 @@ from support.layouts import Sample
 Array = NDArray[Any]
 
 SIDE = 160  # pixels of a picture on the page
-CARDS = 96  # images on the page, of all detectors together: about 25 KB each
+CARDS = 96  # images on the page, of all detectors together: 20 KB each or so
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ def histogram(groups: Mapping[str, Array], threshold: float | None, text: str) -
 def curve_chart(title: str, x: Sequence[float], y: Sequence[float], axis: str) -> str:
     """A small chart of one column of a log; single points are marked."""
     values = np.array(y, float)
-    text = f"{title} from {number(values[0])} to {number(values[-1])} over {len(x)} rows of the log"
+    first, *_, last = values[np.isfinite(values)].tolist() * 2  # twice: there may be one alone
+    text = f"{title} from {number(first)} to {number(last)} over {len(x)} rows of the log"
     plot = Plot(title, text, span(np.array(x, float)), span(values), (axis, ""), (300, 200))
     plot.curve(x, y, f'fill="none" stroke="{COLOURS[0]}" stroke-width="2"')
     if len(x) <= 40:

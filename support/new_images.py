@@ -107,6 +107,5 @@ def _detector(name: str, s: Array, threshold: float | None, new: NewImages) -> S
     words = "All images, the most abnormal first."
     if len(cards) < len(s):
         words = f"The {new.most} highest and the {new.most} lowest scores of {len(s)}."
-    return Section(
-        name, content + cards_html(Gallery(cards, new.scales[name]), threshold, words), name
-    )
+    content += cards_html(Gallery(cards, new.scales[name]), threshold, words)
+    return Section(f"Detector: {name}", content, detector=name)

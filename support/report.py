@@ -30,8 +30,8 @@ Array = NDArray[Any]
 
 ROWS = 500  # of a log that a chart shows; of more, as many at even steps
 NAMES = {
-    "padim": "PaDiM on the pre-trained network",
-    "igd": "IGD on the pre-trained network",
+    "padim": "PaDiM on the network of this run",
+    "igd": "IGD on the network of this run",
     "untrained": "PaDiM on random weights: what the pre-training has to beat",
     "trivial": "a detector of a few lines: what any method has to beat",
     "f_beta": "the pre-training's own head: how sure it is of a fake lesion",
@@ -76,8 +76,9 @@ def write_report(
     """
     config, shown = read_json(folder / "config.json"), shown or {}
     labels = np.array([sample.label for sample in dataset.test], bool)
-    rows, data = measured(results), {}
+    rows, data = measured({k: v for k, v in results.items() if k != "fake_lesions"}), {}
     sections = [_what(dataset, results, config), _measures(rows, results)]
+    scores = {n: s for n, s in (scores or {}).items() if "threshold" in rows.get(n, {})}
     if scores and validation is not None:
         kinds = np.array([sample.kind for sample in dataset.test])
         sections.append(_kinds(rows, scores, labels, kinds, validation))
@@ -105,7 +106,7 @@ def _what(dataset: Dataset, results: Mapping[str, Any], config: Mapping[str, Any
     if config:
         facts |= {
             "Method": f"{config.get('method')}, preset {config.get('preset')}, "
-            f"{config.get('epochs')} epochs, {config.get('image_size')} px",
+            f"epochs: {config.get('epochs')}, images of {config.get('image_size')} px",
             "Machine": f"{config.get('device')}, Python {config.get('python')}, torch "
             f"{config.get('torch')}, commit {str(config.get('commit'))[:12]}",
         }
@@ -138,8 +139,10 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     caption = (
         f"Measured on {count.get('test_normal')} normal and {count.get('test_abnormal')} abnormal "
         f"images; {count.get('validation_normal')} and {count.get('validation_abnormal')} set the "
-        "thresholds. In brackets: intervals of 95%."
+        "thresholds."
     )
+    if any(f"{key}_interval" in row for row in rows.values() for key in MEASURES.values()):
+        caption += " In brackets: intervals of 95%."
     parts = [table(caption, ("", *columns), lines)]
     for name, row in rows.items():
         if over := row.get("over_untrained"):
@@ -225,7 +228,8 @@ def _detector(
     roc = charts.roc_chart(curves, point, f"{of}{at['specificity']:.3f} at its threshold")
     text = f"{name}: median {charts.number(float(np.median(s[~y])))} of the normal images, "
     text += f"{charts.number(float(np.median(s[y])))} of the abnormal ones"
-    bars = charts.histogram({"normal": s[~y], "abnormal": s[y]}, row["threshold"], text)
+    groups = {f"normal ({(~y).sum()})": s[~y], f"abnormal ({y.sum()})": s[y]}
+    bars = charts.histogram(groups, row["threshold"], text)
     found, alarms = int((s[y] >= row["threshold"]).sum()), int((s[~y] >= row["threshold"]).sum())
     recount = (
         f"At a threshold of {row['threshold']:.9g}: sensitivity {found} of {y.sum()} "
@@ -241,7 +245,7 @@ def _detector(
     words = "Misses and false alarms, then the most and the least abnormal images of each class. "
     words += "Prediction in yellow, lesion's mask in cyan. " * ("pixel_threshold" in row)
     content += cards_html(shown, row["threshold"], words) if shown else ""
-    return Section(name, content, detector=name)
+    return Section(f"Detector: {name}", content, detector=name)
 
 
 # --- training, settings, glossary ----------------------------------------------------------------
