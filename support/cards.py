@@ -66,7 +66,7 @@ def gallery(
     labels = np.array([sample.label for sample in samples], bool)
     cards = []
     for i in choose(scores, labels, row["threshold"], measured_images(row, validation), count):
-        sample, name = samples[i], samples[i].path.name
+        sample, name = samples[i], "/".join(samples[i].path.parts[-2:])
         facts, pictures = "", pictures_of(images[i], maps[i], row["map_scale"], name, scores[i])
         if masks is not None and "pixel_threshold" in row:
             predicted, mask = maps[i] >= row["pixel_threshold"], np.asarray(masks[i], bool)

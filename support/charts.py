@@ -146,7 +146,7 @@ def histogram(groups: Mapping[str, Array], threshold: float | None, text: str) -
     low, high = span(np.concatenate([np.asarray(s, float) for s in groups.values()]))
     edges = np.linspace(low, high, BINS + 1)
     counts = {name: np.histogram(s, edges)[0] / max(len(s), 1) for name, s in groups.items()}
-    top = max(float(c.max()) for c in counts.values()) or 1.0
+    top = 1.25 * max(float(c.max()) for c in counts.values()) or 1.0  # room for the legend
     axis = ("score: higher is more abnormal", "share of the images")
     plot = Plot("Scores", text, (low, high), (0.0, top), axis)
     x = np.repeat(edges, 2).tolist()

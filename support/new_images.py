@@ -28,7 +28,7 @@ class NewImages:
     ) -> None:
         """results: of the run.   scales: of the heat maps, by the name of the detector."""
         self.results, self.scales = results, scales
-        self.names: list[str] = []
+        self.count = 0
         self.scores: dict[str, list[float]] = {name: [] for name in scales}
         # Of each detector a heap of its highest scores and one of its lowest; the number of the
         # image comes before the card, so that cards are never compared.
@@ -43,8 +43,8 @@ class NewImages:
         image:   (3, S, S) uint8.   scored: heat map (S, S) and score, by the name of the detector.
         returns: the verdict of each detector, in a list that is empty if it has no threshold.
         """
-        k = len(self.names)
-        self.names.append(file.name)
+        k, shown = self.count, str(file)
+        self.count += 1
         for name, (heat, score) in scored.items():
             self.scores[name].append(score)
             if not any(
@@ -52,8 +52,8 @@ class NewImages:
                 for sign, heap in zip((1, -1), self.ends[name], strict=True)
             ):
                 continue
-            pictures = pictures_of(image, heat, self.scales[name], file.name, score)
-            card = Card(file.name, score, None, "", "", pictures)
+            pictures = pictures_of(image, heat, self.scales[name], shown, score)
+            card = Card(shown, score, None, "", "", pictures)
             for sign, heap in zip((1, -1), self.ends[name], strict=True):
                 heapq.heappush(heap, (sign * score, k, card))
                 if len(heap) > self.most:
@@ -73,7 +73,7 @@ class NewImages:
 
 def write_score_report(folder: Path, new: NewImages) -> None:
     """Write report_scored.html into the run's folder and say so."""
-    facts = [("Run", escape(str(folder.resolve()))), ("New images", str(len(new.names)))]
+    facts = [("Run", escape(str(folder.resolve()))), ("New images", str(new.count))]
     sections, data = [Section("What was scored", table("The images", (), facts))], {}
     for name, values in new.scores.items():
         row, s = new.results.get(name, {}), np.array(values)
@@ -81,7 +81,7 @@ def write_score_report(folder: Path, new: NewImages) -> None:
         data[name] = recounted(s, None, threshold)
         sections.append(_detector(name, s, threshold, new))
     path = folder / "report_scored.html"
-    title = f"{folder.resolve().name}: {len(new.names)} new images"
+    title = f"{folder.resolve().name}: {new.count} new images"
     write_file(path, page(title, [*sections, glossary()], data))
     say(f"scores and heat maps on one page: {path}")
 

@@ -55,6 +55,20 @@ LOGS = {
     "log_igd_local.csv": "IGD's local model",
 }
 
+COLUMNS = {  # of the logs -> what they hold; others keep their name
+    "ctr": "l_ctr, eq. 3",
+    "pmsacl": "l_PMSACL, eq. 4",
+    "aug": "l_aug, eq. 8",
+    "pos": "l_pos, eq. 9",
+    "lr": "learning rate",
+    "images_per_second": "images per second",
+    "spread": "spread of the features",
+    "distance": "distance of the class means",
+    "accuracy": "accuracy of f_beta, held-back images",
+    "fake_auroc": "AUROC, fake lesions",
+    "fake_aupro": "AUPRO, fake lesions",
+}
+
 
 # --- a run's page --------------------------------------------------------------------------------
 
@@ -77,7 +91,8 @@ def write_report(
     config, shown = read_json(folder / "config.json"), shown or {}
     labels = np.array([sample.label for sample in dataset.test], bool)
     rows, data = measured({k: v for k, v in results.items() if k != "fake_lesions"}), {}
-    sections = [_what(dataset, results, config), _measures(rows, results)]
+    own = Path(config.get("data") or folder / "phantom").resolve() == dataset.root
+    sections = [_what(dataset, results, config, own), _measures(rows, results)]
     scores = {n: s for n, s in (scores or {}).items() if "threshold" in rows.get(n, {})}
     if scores and validation is not None:
         kinds = np.array([sample.kind for sample in dataset.test])
@@ -93,15 +108,24 @@ def write_report(
     write_file(folder / "report.html", page(title, sections, data))
 
 
-def _what(dataset: Dataset, results: Mapping[str, Any], config: Mapping[str, Any]) -> Section:
-    """What was run, on what, and how long it took."""
+def _what(
+    dataset: Dataset, results: Mapping[str, Any], config: Mapping[str, Any], own: bool
+) -> Section:
+    """What was run, on what, and how long it took.
+
+    own: the data set is the one that the run was trained on.
+    """
     abnormal = sum(sample.label for sample in dataset.test)
     masks = sum(sample.mask is not None for sample in dataset.test)
     facts = {
         "Images": f"{dataset.root} ({dataset.layout})",
-        "Training": f"{len(dataset.train)} healthy images",
+        "Training": f"{len(dataset.train)} healthy images"
+        if own or not config
+        else "other images: " + (config.get("data") or "phantoms that the program drew"),
         "Test": f"{len(dataset.test) - abnormal} normal and {abnormal} abnormal images, {masks} "
-        "masks",
+        "masks"
+        if dataset.test
+        else "none",
     }
     if config:
         facts |= {
@@ -115,7 +139,7 @@ def _what(dataset: Dataset, results: Mapping[str, Any], config: Mapping[str, Any
         f"{name} {value:.0f}" for name, value in results.get("seconds", {}).items()
     )
     rows = [(escape(key), escape(value)) for key, value in facts.items() if value]
-    text = "" if not config or config.get("data") else (
+    text = "" if not config or config.get("data") or not own else (
         "<p>The images are phantoms that the program drew: they show that it works and say "
         "nothing about the method.</p>"
     )  # fmt: skip
@@ -259,20 +283,18 @@ def _training(log: Path, title: str) -> str:
         rows = list(csv.DictReader(file))
     if not rows:
         return ""
-    rows = [
-        rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).round().astype(int)
-    ]
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).round().astype(int)
+    rows = [rows[i] for i in chosen]
     axis, *columns = rows[0].keys()
     x = [float(row[axis]) for row in rows]
     drawn = []
     for column in columns:
         y = [float(row[column]) if row[column] else float("nan") for row in rows]
         if np.isfinite(y).any():
-            drawn.append(charts.curve_chart(column, x, y, axis))
-    figures = (
-        f"<figure><figcaption>{c.split('title>')[1][:-2]}</figcaption>{c}</figure>" for c in drawn
-    )
-    return f'<h3>{escape(title)}</h3><div class="charts">{"".join(figures)}</div>'
+            name = COLUMNS.get(column, column)
+            chart = charts.curve_chart(name, x, y, axis)
+            drawn.append(f"<figure><figcaption>{escape(name)}</figcaption>{chart}</figure>")
+    return f'<h3>{escape(title)}</h3><div class="charts">{"".join(drawn)}</div>'
 
 
 def _views(folder: Path, config: Mapping[str, Any]) -> str:

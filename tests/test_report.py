@@ -160,6 +160,8 @@ def test_a_runs_page_is_one_file_with_everything_named(two):
     assert "Detector: untrained" not in titles  # a baseline: its curve, not its images
     assert f"{results['padim']['image_auroc']:.3f}" in page.text
     assert len(page.all("dt")) == 10
+    for title in ("l_ctr, eq. 3", "accuracy of f_beta, held-back images", "AUROC, fake lesions"):
+        assert title in titles
     assert [a["class"] for a in page.all("svg")] == ["roc", "histogram", "curve", "curve", "curve"]
 
 
@@ -235,6 +237,16 @@ def test_kinds_are_measured_against_all_normal_images(two):
     found = (s[keep & flat] >= results["padim"]["threshold"]).sum()
     assert f"flat {(keep & flat).sum()} {auroc(s[against], labels[against]):.3f}, " in page.text
     assert f"{auroc(s[against], labels[against]):.3f}, {found} found" in page.text
+
+
+def test_a_run_that_is_evaluated_on_other_images_says_so(two, tmp_path):
+    _, _, page = two
+    assert "other images: phantoms" in page.text  # the config's are, the root is another
+    assert "say nothing about the method" not in page.text
+    (tmp_path / "config.json").write_text('{"data": "/own", "method": "pmsacl"}')
+    dataset = layouts.Dataset("MVTec", Path("/own").resolve(), (Path("a.png"),) * 3, ())
+    report.write_report(tmp_path, dataset, {})
+    assert "Training 3 healthy images" in Page((tmp_path / "report.html").read_text()).text
 
 
 def test_a_run_of_healthy_images_only_has_a_page(tmp_path):
