@@ -20,6 +20,10 @@ notebooks: .venv/ready-notebooks
 	.venv/bin/jupytext --quiet --to ipynb notebooks/*.py
 	.venv/bin/jupyter execute --inplace notebooks/*.ipynb
 
+# The blocks of docs/equations.md, from the code.
+equations: .venv/ready
+	.venv/bin/python -m support.equations
+
 check: lint test notebooks
 
 .venv/ready: $(REQUIREMENTS)
@@ -35,4 +39,4 @@ check: lint test notebooks
 	.venv/bin/pip install --quiet --requirement notebooks/requirements.txt
 	touch $@
 
-.PHONY: demo test lint notebooks check
+.PHONY: demo test lint notebooks equations check

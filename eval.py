@@ -8,7 +8,6 @@ Everything here takes the scores and heat maps that a detector gives. Not here: 
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ from baselines.lesion_classifier import LesionClassifier
 from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
-from support import data, figures, layouts
-from support.progress import progress, say
+from support import cards, data, figures, layouts, report
+from support.progress import say
 from support.run import Parser, pick_device, read_json, read_saved
-from support.scoring import score_files
+from support.scoring import BATCH_SIZE, score_files, score_set
 from support.tables import measured, origin, write_results, write_scores
 from support.worth import add_worth
 
@@ -33,14 +32,12 @@ Array = NDArray[Any]
 VALIDATION = 50  # images of each class that set the thresholds              [P:§4.3]
 GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]
 GROUP_SIZE = 100  # images                                                   [P:§4.5.1]
-BATCH_SIZE = 8  # images scored at a time
 DETECTOR_FILES = ("detector.pt", "detector_igd.pt", "detector_f_beta.pt")  # of a run
 DETECTORS: dict[str, Any] = {
     "padim": PaDiM,
     "igd": IGD,
     "f_beta": LesionClassifier,
 }  # by the kind in their files
-MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: heat maps of a larger set are kept in a temporary file
 
 
 # --- The protocol of section 4.3 -----------------------------------------------------------------
@@ -183,39 +180,6 @@ def localisation(
 # --- Evaluating a run ----------------------------------------------------------------------------
 
 
-def score_set(
-    detector: Any, images: Array, *, batch: int = BATCH_SIZE, label: str = "score"
-) -> tuple[Array, Array | None]:
-    """Scores and heat maps of a whole set, with a progress line.
-
-    detector: score(images (B, 3, S, S) uint8) -> maps (B, S, S) float32 or None, scores (B,).
-    images:   (N, 3, S, S) uint8; a memory-map is read batch by batch.
-    returns:  scores (N,) float32 and maps (N, S, S) float32, in a temporary file if large, or None.
-    raises:   ValueError if a score or heat map is NaN.
-    """
-    n, side = len(images), images.shape[-1]
-    scores: Array = np.zeros(n, np.float32)
-    maps: Array | None = None
-    for k in progress(range(0, n, batch), -(-n // batch), label):
-        part = slice(k, k + batch)
-        some_maps, some_scores = detector.score(np.array(images[part]))
-        scores[part] = some_scores.cpu().numpy()
-        if some_maps is not None:
-            maps = _room_for_maps(n, side) if maps is None else maps
-            maps[part] = some_maps.cpu().numpy()
-        if np.isnan(scores[part]).any() or (maps is not None and np.isnan(maps[part]).any()):
-            raise ValueError(f"{label}: the detector gives NaN in images {k} to {k + batch - 1}")
-    return scores, maps
-
-
-def _room_for_maps(n: int, side: int) -> Array:
-    """(N, S, S) float32, in a temporary file if large."""
-    if n * side * side <= MAPS_IN_MEMORY:
-        return np.zeros((n, side, side), np.float32)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, np.float32, "w+", shape=(n, side, side))
-
-
 def evaluate(
     folder: Path,
     dataset: layouts.Dataset,
@@ -245,28 +209,47 @@ def evaluate(
     dataset.check_test(len(images))
     labels = np.array([sample.label for sample in dataset.test], bool)
     test = paper_protocol | ~(validation := validation_split(labels, seed))
-    shown = ~validation & (known if masks is not None and known is not None else True)
     shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
-    rows, scores, drawn = {}, {}, {}
+    rows, scores, drawn, shown = {}, {}, {}, {}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
         rows[name], scores[name] = protocol(s, labels, maps, masks, known, **shared), s
         if maps is not None:
-            rows[name]["image_auroc_mean_of_map"] = auroc(maps.mean((1, 2))[test], labels[test])
-            rows[name]["map_scale"] = figures.map_scale(maps, labels)
             of_set = images, maps, masks, dataset.test, s, rows[name]
-            cases = figures.choose_cases(s, labels, shown)
+            rows[name] |= _of_maps(maps, labels, test)
+            cases = figures.choose_cases(
+                s, labels, ~validation & (True if known is None else known)
+            )
             drawn[f"localisation_{name}"] = figures.localisation_figure(*of_set, cases, name)
+            shown[name] = cards.gallery(*of_set, validation)
     if baselines:
         rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
     add_worth(rows, scores, labels, test, [sample.kind for sample in dataset.test], seed)
     rows = {name: row | {"data": origin(dataset, **shared)} for name, row in rows.items()}
     results = {"seconds": {}, **rows, **(extra or {})}
     results["seconds"]["evaluate"] = time.perf_counter() - started
-    write_results(folder, results)
-    write_scores(folder, dataset.test, scores, rows, validation)
     figures.write_all(folder, drawn)
+    _write(folder, dataset, results, scores, validation, shown)
     return results
+
+
+def _write(
+    folder: Path,
+    dataset: layouts.Dataset,
+    results: dict[str, Any],
+    scores: Mapping[str, Array],
+    validation: Array,
+    shown: Mapping[str, cards.Gallery],
+) -> None:
+    write_results(folder, results)
+    write_scores(folder, dataset.test, scores, results, validation)
+    report.write_report(folder, dataset, results, scores, validation, shown)
+
+
+def _of_maps(maps: Array, labels: Array, test: Array) -> dict[str, Any]:
+    """The colour scale of the heat maps (N, S, S), and the AUROC of their means."""
+    auroc_of_means = auroc(maps.mean(axis=(1, 2))[test], labels[test])
+    return {"map_scale": figures.map_scale(maps, labels), "image_auroc_mean_of_map": auroc_of_means}
 
 
 def best_baseline(
@@ -369,7 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shared = {"skip_bad": args.skip_bad, "batch": args.batch_size, "device": args.device}
         if args.score:
             config, results, detectors = load_run(args.run, args.device)
-            score_files(detectors, config, results, args.score, args.skip_bad, args.batch_size)
+            score_files(
+                args.run, detectors, config, results, args.score, args.skip_bad, args.batch_size
+            )
         else:
             evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
             print((args.run / "results.md").read_text(), end="")

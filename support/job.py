@@ -32,6 +32,7 @@ from support import data, layouts, phantom
 from support.figures import image_grid, png
 from support.options import Config, parse, resolve
 from support.progress import progress, say
+from support.report import write_report
 from support.run import (
     first_process_first,
     from_first_process,
@@ -124,6 +125,7 @@ def main_job(config: Config, folder: Path) -> None:
     extra |= {"fake_lesions": fakes}
     if images.test is None:
         write_results(folder, extra)
+        write_report(folder, images.dataset, extra)
         say(f"no test images: score some with  python eval.py {folder} --score FILES")
         return
     evaluate(
@@ -139,7 +141,7 @@ def main_job(config: Config, folder: Path) -> None:
         extra=extra,
     )
     print((folder / "results.md").read_text(), end="")
-    say(f"weights, scores and figures are in {folder}")
+    say(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
 
 
 def has_local_model(config: Config) -> bool:

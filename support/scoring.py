@@ -1,6 +1,6 @@
-"""Scores of new images, which need no labels: a line and a heat map for each.
+"""Scores of a set of images; and of new ones, which need no labels: a line and a heat map for each.
 
-Sizes: S pixels a side.
+Sizes: N images, S pixels a side.
 """
 
 from __future__ import annotations
@@ -15,14 +15,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support import data, figures
+from support.new_images import NewImages, write_score_report
+from support.progress import progress
 from support.run import write_file
 
 Array = NDArray[Any]
 
+BATCH_SIZE = 8  # images scored at a time
+MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: heat maps of a larger set are kept in a temporary file
 MAPS_FOR_SCALE = 64  # new images whose heat maps set the colour scale if there are no test images
 
 
+def score_set(
+    detector: Any, images: Array, *, batch: int = BATCH_SIZE, label: str = "score"
+) -> tuple[Array, Array | None]:
+    """Scores and heat maps of a whole set, with a progress line.
+
+    detector: score(images (B, 3, S, S) uint8) -> maps (B, S, S) float32 or None, scores (B,).
+    images:   (N, 3, S, S) uint8; a memory-map is read batch by batch.
+    returns:  scores (N,) float32 and maps (N, S, S) float32, in a temporary file if large, or None.
+    raises:   ValueError if a score or heat map is NaN.
+    """
+    n, side = len(images), images.shape[-1]
+    scores: Array = np.zeros(n, np.float32)
+    maps: Array | None = None
+    for k in progress(range(0, n, batch), -(-n // batch), label):
+        part = slice(k, k + batch)
+        some_maps, some_scores = detector.score(np.array(images[part]))
+        scores[part] = some_scores.cpu().numpy()
+        if some_maps is not None:
+            maps = _room_for_maps(n, side) if maps is None else maps
+            maps[part] = some_maps.cpu().numpy()
+        if np.isnan(scores[part]).any() or (maps is not None and np.isnan(maps[part]).any()):
+            raise ValueError(f"{label}: the detector gives NaN in images {k} to {k + batch - 1}")
+    return scores, maps
+
+
+def _room_for_maps(n: int, side: int) -> Array:
+    """(N, S, S) float32, in a temporary file if large."""
+    if n * side * side <= MAPS_IN_MEMORY:
+        return np.zeros((n, side, side), np.float32)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=(n, side, side))
+
+
 def score_files(
+    folder: Path,
     detectors: Mapping[str, Any],
     config: Mapping[str, Any],
     results: Mapping[str, Any],
@@ -32,7 +70,8 @@ def score_files(
 ) -> None:
     """Print a line for each new image and write its heat map beside it, as NAME.heatmap.png.
 
-    detectors, config, results: of a run, as eval.load_run gives them.
+    folder: of a run, whose report_scored.html is written.
+    detectors, config, results: of the run, as eval.load_run gives them.
 
     A run without test images has no thresholds: its scores are printed without a verdict, and the
     heat maps share a colour scale from the first MAPS_FOR_SCALE of the new images.
@@ -53,18 +92,19 @@ def score_files(
         for name, (heat_map, _) in first[0].items() if first else ():
             if heat_map is not None and name not in scales:
                 scales[name] = figures.map_scale(np.stack([maps[name][0] for maps in first]))
+        new = NewImages(results, scales)
         for file, image, of_image in zip(files, images, chain(first, scored), strict=True):
+            verdicts = new.add(file, image, of_image)
             line, captions = [str(file)], []
             for name, (_, score) in of_image.items():
-                high = name in rows and score >= rows[name]["threshold"]
-                verdict = ["abnormal" if high else "normal"] if name in rows else []
-                line += [name, f"{score:.6g}", *verdict]
+                line += [name, f"{score:.6g}", *verdicts[name]]
                 if name in scales:
-                    captions.append(", ".join([f"{name}: {score:.4g}", *verdict]))
+                    captions.append(", ".join([f"{name}: {score:.4g}", *verdicts[name]]))
             maps = {name: heat_map for name, (heat_map, _) in of_image.items() if name in scales}
             figure = figures.heatmap_figure(image, maps, scales, captions, title=file.name)
             write_file(targets[file], figures.png(figure, file.name))
             print("\t".join(line), flush=True)
+        write_score_report(folder, new)
 
 
 def _scored(

@@ -275,14 +275,14 @@ def test_score_set_does_not_depend_on_the_batch(monkeypatch):
     images = np.random.default_rng(0).integers(0, 255, (7, 3, 32, 32), np.uint8)
     Padim.calls = []
     one, two = (
-        evaluation.score_set(Padim(), images, batch=3),
-        evaluation.score_set(Padim(), images, batch=7),
+        scoring.score_set(Padim(), images, batch=3),
+        scoring.score_set(Padim(), images, batch=7),
     )
     assert Padim.calls == [3, 3, 1, 7]
     assert all((a == b).all() and a.dtype == np.float32 for a, b in zip(one, two, strict=True))
 
-    monkeypatch.setattr(evaluation, "MAPS_IN_MEMORY", 0)
-    scores, maps = evaluation.score_set(Padim(), images, batch=3)
+    monkeypatch.setattr(scoring, "MAPS_IN_MEMORY", 0)
+    scores, maps = scoring.score_set(Padim(), images, batch=3)
     assert isinstance(maps, np.memmap) and (maps == one[1]).all() and (scores == one[0]).all()
 
     class Broken(Padim):
@@ -290,7 +290,7 @@ def test_score_set_does_not_depend_on_the_batch(monkeypatch):
             return tuple(v * math.nan for v in super().score(images))
 
     with pytest.raises(ValueError, match="NaN in images 0 to 2"):
-        evaluation.score_set(Broken(), images, batch=3)
+        scoring.score_set(Broken(), images, batch=3)
 
 
 def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):
@@ -477,7 +477,7 @@ def test_an_unwritable_folder_is_found_before_anything_is_written(
     def refuse(*, dir):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(evaluation.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(scoring.tempfile, "TemporaryFile", refuse)
     image = tmp_path / "set" / "test" / "good" / "0.png"
     assert "Permission denied" in refused(capsys, run, "--score", image)
     assert not list(tmp_path.rglob("*.heatmap.png"))
