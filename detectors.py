@@ -243,16 +243,9 @@ class PaDiM:
         if self.size == 0:
             raise ValueError("PaDiM has to be fitted before it is saved")
         lower = torch.tril_indices(*self.whitening.shape[1:])
-        state = {
-            "kind": "padim",
-            "backbone": self.backbone.state_dict(),
-            "channels": self.channels,
-            "eps": self.eps,
-            "sigma": self.sigma,
-            "size": self.size,
-            "mean": self.mean,
-            "whitening": self.whitening[:, lower[0], lower[1]],  # (P, D (D + 1) / 2)
-        }
+        state = {name: getattr(self, name) for name in ("channels", "eps", "sigma", "size", "mean")}
+        state |= {"kind": "padim", "backbone": self.backbone.state_dict()}
+        state["whitening"] = self.whitening[:, lower[0], lower[1]]  # (P, D (D + 1) / 2)
         torch.save(state, path)
 
     @classmethod

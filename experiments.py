@@ -144,9 +144,9 @@ def run_job(config: Config, out: Path) -> None:
 def result_of(config: Config, detector: str, out: Path) -> dict[str, float] | None:
     """MEASURES of a finished run with one of its detectors; None if there is no such run."""
     folder = folder_of(config, out)
-    if not (folder / "results.json").exists():
-        return None
     results = read_json(folder / "results.json")
+    if not results:
+        return None
     row = results[detector]
     result = {name: row[name] for name in MEASURES if name in row}
     result["minutes"] = sum(results["seconds"].values()) / 60

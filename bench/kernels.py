@@ -1,18 +1,12 @@
-"""Time and memory of both kernels against eager torch, torch.compile and the roofline.
+"""Time and memory of both kernels against eager torch and torch.compile.
 
     python -m bench.kernels                   all sizes: N to 65536, B to 128, D = 100 and 448
     python -m bench.kernels --quick           small sizes, half a minute on a CPU
 
 First the kernels are checked against the float64 definition, and nothing is timed if one is off.
-Then a table goes to the screen and to a CSV, whose rows carry card, versions and commit.
-On a CPU there is no Triton path and no torch.compile (it takes a minute to start): the torch path
-and eager torch are timed. On a shared machine set OMP_WAIT_POLICY=passive, or spinning threads
-make small operations up to 40 times slower.
-
-The floor of a row is max(bytes / copy bandwidth, operations / matmul rate), both measured here:
-  contrastive  least operations: upper triangle, N^2 Z forward and 3 N^2 Z backward (s again, then
-               w f and w^T f); 8 N Z bytes forward, 12 N Z backward.
-  mahalanobis  B P D^2 operations; half of W, x and the result once.
+Then a table goes to the screen and to a CSV, whose rows carry card, versions and commit. On a CPU
+there is no Triton path and no torch.compile (it takes a minute to start): the torch path and eager
+torch are timed. What the kernels cannot be faster than is in docs/speed.md.
 
 Sizes: N views, Z = 128 features, A = 4 classes; B images, P = 4096 positions, D channels.
 """
@@ -43,7 +37,7 @@ from support.job import versions
 
 Z, A, P = 128, 4, 4096
 KAPPA: dict[str, Any] = {"tau": 0.2, "alpha": 2.0}
-COLUMNS = "operation size channels path pass ms peak_mb floor_ms over_floor".split()
+COLUMNS = "operation size channels path pass ms peak_mb".split()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = "triton" if DEVICE.type == "cuda" and HAS_TRITON else "torch"
 
@@ -139,19 +133,9 @@ def free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def roofline() -> tuple[float, float]:
-    """Measured bytes a second of a copy (read and write) and operations a second of a product."""
-    size, side = (2**28, 4096) if DEVICE.type == "cuda" else (2**25, 1024)
-    source, target = torch.zeros(2, size, device=DEVICE)
-    copy = milliseconds(lambda: target.copy_(source))
-    left, right, out = torch.randn(3, side, side, device=DEVICE)
-    product = milliseconds(lambda: torch.mm(left, right, out=out))
-    return 8e3 * size / copy, 2e3 * side**3 / product
-
-
 # ---------------------------------------------------------------------------- the rows
 
-Rows = Iterator[tuple]  # of COLUMNS up to `pass`, then what to run and the floor in milliseconds
+Rows = Iterator[tuple]  # of COLUMNS up to `pass`, then what to run
 
 
 def paths(ours: Callable, eager: Callable) -> dict[str, Callable]:
@@ -164,41 +148,30 @@ def paths(ours: Callable, eager: Callable) -> dict[str, Callable]:
     return named
 
 
-def contrastive_rows(sizes: Iterable[int], bandwidth: float, rate: float) -> Rows:
+def contrastive_rows(sizes: Iterable[int]) -> Rows:
     for N in sizes:
         z, *rest = views(N)
-        forward_floor = 1e3 * max(8 * N * Z / bandwidth, N * N * Z / rate)
-        both_floor = 1e3 * max(20 * N * Z / bandwidth, 4 * N * N * Z / rate)
         for path, loss in paths(partial(contrastive, **KAPPA), eager_contrastive).items():
             if path in ("eager", "compile") and 28 * N * N > 0.7 * free_bytes():
                 continue  # seven (N, N) tensors at its peak
-            forward = torch.no_grad()(partial(loss, z, *rest))
-            yield "contrastive", N, Z, path, "forward", forward, forward_floor
 
             def both(loss=loss, z=z, rest=rest):
                 loss(z.detach().requires_grad_(), *rest).backward()
 
-            yield "contrastive", N, Z, path, "both", both, both_floor
+            forward = torch.no_grad()(partial(loss, z, *rest))
+            yield "contrastive", N, Z, path, "forward", forward
+            yield "contrastive", N, Z, path, "both", both
 
 
-def mahalanobis_rows(
-    images: Iterable[int], channels: Iterable[int], bandwidth: float, rate: float
-) -> Rows:
+def mahalanobis_rows(images: Iterable[int], channels: Iterable[int]) -> Rows:
     for D in channels:
         for B in images:
             x, mean, W = embeddings(B, D)  # the inverse's values do not matter to time
-            moved = 4 * P * (D * (D + 1) / 2 + D + B * D + B)
-            floor = 1e3 * max(moved / bandwidth, B * P * D * D / rate)
-            delta, out = torch.randn(2, P, B, D, device=DEVICE)
-            runs = {
-                k: partial(f, x, mean, W) for k, f in paths(mahalanobis, eager_mahalanobis).items()
-            }
-            runs["anomalib"] = partial(
-                anomalib_mahalanobis, x.transpose(1, 2).contiguous(), mean.T.contiguous(), W
-            )
-            runs["bare product"] = partial(torch.bmm, delta, W.mT, out=out)
-            for path, run in runs.items():
-                yield "mahalanobis", B, D, path, "forward", run, floor
+            for path, distance in paths(mahalanobis, eager_mahalanobis).items():
+                yield "mahalanobis", B, D, path, "forward", partial(distance, x, mean, W)
+            theirs = x.transpose(1, 2).contiguous(), mean.T.contiguous(), W
+            run = partial(anomalib_mahalanobis, *theirs)
+            yield "mahalanobis", B, D, "anomalib", "forward", run
 
 
 # ---------------------------------------------------------------------------- the program
@@ -229,18 +202,15 @@ def main() -> None:
     if DEVICE.type == "cpu":
         print("no GPU: only the torch backend and eager torch are timed, no Triton, no compile")
     check()
-    rates = roofline()
-    print(f"checks passed; copy {rates[0] / 1e9:.0f} GB/s, product {rates[1] / 1e9:.0f} GFLOP/s")
     sizes = (256, 1024, 4096) if args.quick else (256, 1024, 4096, 8192, 16384, 65536)
     images, channels = ((1, 8), (100,)) if args.quick else ((1, 8, 32, 128), (100, 448))
     print(("{:>13}" * len(COLUMNS)).format(*COLUMNS))
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS + list(about))
-        for rows in (contrastive_rows(sizes, *rates), mahalanobis_rows(images, channels, *rates)):
-            for *what, run, floor in rows:
-                ms = milliseconds(run)
-                row = [*what, ms, peak_megabytes(run), floor, ms / floor]
+        for rows in (contrastive_rows(sizes), mahalanobis_rows(images, channels)):
+            for *what, run in rows:
+                row = [*what, milliseconds(run), peak_megabytes(run)]
                 text = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
                 print(("{:>13}" * len(text)).format(*text), flush=True)
                 writer.writerow([*row, *about.values()])
