@@ -109,13 +109,17 @@ class Row:
 
 def folder_of(config: Config, out: Path) -> Path:
     """The folder of the run with these settings: one that exists, or a name for a new one."""
-    settings = {name: getattr(config, name) for name in _deciding(config)}
     for file in sorted(out.glob("*/config.json")):
-        saved = read_json(file)  # an option that it lacks had its default
-        if all(saved.get(name, getattr(Config, name)) == v for name, v in settings.items()):
+        if _has_settings(config, read_json(file)):
             return file.parent
+    settings = {name: getattr(config, name) for name in _deciding(config)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return out / f"{_dataset(config)}-{config.method}-{digest}-seed{config.seed}"
+
+
+def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
+    """Whether a saved config.json has these settings; one that it lacks had its default."""
+    return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in _deciding(config))
 
 
 def _deciding(config: Config) -> set[str]:
@@ -144,9 +148,9 @@ def run_job(config: Config, out: Path) -> None:
 def result_of(config: Config, detector: str, out: Path) -> dict[str, float] | None:
     """MEASURES of a finished run with one of its detectors; None if there is no such run."""
     folder = folder_of(config, out)
-    results = read_json(folder / "results.json")
-    if not results:
+    if not (folder / "results.json").exists():
         return None
+    results = read_json(folder / "results.json")
     row = results[detector]
     result = {name: row[name] for name in MEASURES if name in row}
     result["minutes"] = sum(results["seconds"].values()) / 60
@@ -199,31 +203,27 @@ def read_sweep(file: Path) -> dict[str, str]:
         raise ValueError(f"{file}: not a text file") from None
     for number, line in enumerate(lines, 1):
         try:
-            name, *options = shlex.split(line, comments=True) or [""]
-            if name in settings:
-                raise ValueError(f"{name} is there twice")
-            if name.startswith("-"):
-                raise ValueError(f"{name} is an option: a name comes first")
-            if name:
-                settings[name] = _row_options(options)
+            words = shlex.split(line, comments=True)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from None
+        if not words:
+            continue
+        name, options = words[0], words[1:]
+        if name in settings or name.startswith("-"):
+            what = "is there twice" if name in settings else "is an option: a name comes first"
+            raise ValueError(f"{file}, line {number}: {name} {what}")
+        with contextlib.redirect_stderr(io.StringIO()) as messages:
+            try:
+                of_row, resume = parse(options)
+            except SystemExit:
+                reason = messages.getvalue().strip().removeprefix("pmsacl.py: ")
+                raise ValueError(f"{file}, line {number}: {reason}") from None
+        if resume is not None or of_row.keys() & {"out", "seed", "data"}:
+            raise ValueError(f"{file}, line {number}: no --resume, --out, --seed or --data here")
+        settings[name] = shlex.join(options)
     if not settings:
         raise ValueError(f"{file}: no settings; a line holds a name and options of pmsacl.py")
     return settings
-
-
-def _row_options(options: list[str]) -> str:
-    """A setting's options as one text.   raises: ValueError if pmsacl.py does not take them."""
-    with contextlib.redirect_stderr(io.StringIO()) as messages:
-        try:
-            of_row, resume = parse(options)
-        except SystemExit:
-            reason = messages.getvalue().strip().removeprefix("pmsacl.py: ")
-            raise ValueError(reason) from None
-    if resume is not None or of_row.keys() & {"out", "seed", "data"}:
-        raise ValueError("no --resume, --out, --seed or --data here")
-    return shlex.join(options)
 
 
 def reference(rows: Sequence[Row]) -> str:
@@ -266,8 +266,8 @@ def headings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     columns: list[tuple[str, bool]] = []
     paper = dict.fromkeys(heading for row in rows for heading in row.paper)
     for measure, heading in MEASURES.items():
-        if measure == "image_auroc" or any(row.value(measure) for row in rows):
-            columns.append((measure, False))
+        ours = measure == "image_auroc" or any(row.value(measure) for row in rows)
+        columns += [(measure, False)] if ours else []
         columns += [(p, True) for p in paper if p == heading or p.startswith(heading + " ")]
     return columns
 
@@ -292,7 +292,8 @@ def _cell(row: Row, name: str, paper: bool, digits: int) -> str:
     if paper:
         figure = row.paper.get(name)
         return "" if figure is None else f"{figure:.{digits}f}"
-    if (value := row.value(name)) is None:
+    value = row.value(name)
+    if value is None:
         return "not run" if row.configs and not row.results else ""
     mean, sd = value
     return f"{mean:.3f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
@@ -348,16 +349,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in ("table", "figure"):
         numbers = [int(name.split()[1]) for name in ROWS if name.startswith(kind)]
         parser.add_argument(f"--{kind}", type=int, nargs="+", default=[], choices=numbers)
-    add = parser.add_argument
-    add("--sweep", type=Path, metavar="FILE", help="a name and options on each line")
-    add("--seeds", type=int, default=5, help="runs for each row (default: 5)")
-    add("--out", type=Path, default=Path("runs/experiments"), help="folder")
-    add("--show", action="store_true", help="run nothing, show what is finished")
+    parser.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="a name and options on each line"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="runs for each row (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder")
+    parser.add_argument("--show", action="store_true", help="run nothing, show what is finished")
     args, rest = parser.parse_known_args(argv)
     try:
         common = _common_options(rest, args.seeds)
-        names = [f"table {n}" for n in args.table] + [f"figure {n}" for n in args.figure]
-        wanted = {name: ROWS[name] for name in names}
+        wanted = {name: ROWS[name] for name in (f"table {n}" for n in args.table)}
+        wanted |= {name: ROWS[name] for name in (f"figure {n}" for n in args.figure)}
         if args.sweep:
             wanted[args.sweep.stem] = read_sweep(args.sweep)
         if not wanted:
