@@ -1,4 +1,4 @@
-"""f_beta as a detector: it comes for nothing with the pre-training.   [P!(8) R30]
+"""f_beta as a detector: it comes for nothing with the pre-training.   [P!(8) R22]
 
 Eq. 8 trains f_beta to tell images with 0, 1, 2 and 3 fake lesions apart, so that what it says of a
 new image is a score, 1 - P(n = 0 | x). The paper does not use it so: a reading of ours.
@@ -21,7 +21,7 @@ PIXELS = 2**19  # B S^2 that the network sees at once
 
 
 class LesionClassifier:
-    """s(x) = 1 - P(n = 0 | x), P the softmax of f_beta's logits.   [P!(8) R30]
+    """s(x) = 1 - P(n = 0 | x), P the softmax of f_beta's logits.   [P!(8) R22]
 
     encoder: pre-trained with eq. 8, in evaluation mode.
     """

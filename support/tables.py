@@ -134,7 +134,7 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
     if "trivial" in rows:
         notes.append(f"trivial: {rows['trivial']['baseline']}, the best of five without a network.")
     if "f_beta" in rows:
-        notes.append("f_beta: 1 - P(no fake lesion), R30.")
+        notes.append("f_beta: 1 - P(no fake lesion), R22.")
     if fakes:
         notes.append(
             f"Fake lesions on held-back healthy images: image AUROC {fakes['image_auroc']:.3f}, "
