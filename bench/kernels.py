@@ -144,6 +144,7 @@ def paths(ours: Callable, eager: Callable) -> dict[str, Callable]:
     if DEVICE.type == "cuda":
         named["torch"] = partial(ours, backend="torch")
         named["triton tf32"] = partial(ours, allow_tf32=True)
+        torch.compiler.reset()  # of one function it keeps eight versions, then runs it eagerly
         named["compile"] = torch.compile(eager, dynamic=False)
     return named
 
