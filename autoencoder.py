@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from encoder import POOLED, ResNet18, channels_last, initialise, normalise
 
@@ -43,14 +43,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(x))
         if self.up:
-            y = self.conv2(F.relu(self.norm2(self.conv1(_double(y)))))
-            return y + _double(self.shortcut(x))
+            y = self.conv2(F.relu(self.norm2(self.conv1(F.interpolate(y, scale_factor=2)))))
+            return y + F.interpolate(self.shortcut(x), scale_factor=2)
         y = self.conv2(F.relu(self.norm2(self.conv1(y))))
         return F.avg_pool2d(y, 2) + self.shortcut(F.avg_pool2d(x, 2))
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def widths(size: int, width: int) -> tuple[int, list[int]]:
@@ -78,9 +74,7 @@ class AutoEncoder(nn.Module):
     mu: Tensor  # (Z,)
     sigma2: Tensor  # ()
 
-    def __init__(
-        self, backbone: ResNet18, size: int, width: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, backbone: ResNet18, size: int, width: int, generator: Generator) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone)
         side, channels = widths(size, width)
@@ -144,7 +138,7 @@ def gaussian(batches: Iterable[Tensor], kappa: float) -> tuple[Tensor, Tensor]:
     return (shift + mean).float(), sigma2.float().clamp(min=1e-6)
 
 
-def critic(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
+def critic(size: int, width: int, generator: Generator) -> nn.Sequential:
     """d: (B, 3, S, S) -> (B,), the share of a second image mixed in.   [I:critic]
 
     The last layer is linear, as in ACAI. The sigmoid of IGD's code saturates at 0 and stays there.

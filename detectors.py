@@ -32,6 +32,7 @@ SIGMA_AT = 256  # pixels a side for which PaDiM's sigma is meant
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**22  # B S^2 that the network sees at once
 IMAGES = 32  # whose embeddings are held at once: W is read once for all of them
 POSITIONS = 256  # whose float64 factors are held at once
+Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 def moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
@@ -44,9 +45,9 @@ def moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
     batches: of embeddings (B, P, D) float32; memory depends on P and D, not on N.
     returns: N, mu (P, D) and the scatter (P, D, D), both float64.
     """
-    count, shift, total, scatter = 0, None, None, None
+    count = 0
     for x in batches:
-        if shift is None or total is None or scatter is None:
+        if count == 0:
             shift = x.mean(dim=0)  # (P, D)
             total = torch.zeros_like(shift, dtype=torch.float64)  # (P, D)
             scatter = total.new_zeros(*shift.shape, shift.shape[1])  # (P, D, D)
@@ -56,7 +57,7 @@ def moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
             scatter[p : p + POSITIONS] += block.mT @ block
         total += r.sum(dim=1, dtype=torch.float64)
         count += len(x)
-    if shift is None or total is None or scatter is None:
+    if count == 0:
         raise ValueError("[D:(1)] needs N >= 2 images, got none")
     mean = total / count
     for p in range(0, len(mean), POSITIONS):
@@ -104,9 +105,8 @@ def upsampling(h: int, size: int, sigma: float) -> Tensor:
     sigma:   of the Gaussian, in pixels of S; cut at 4 sigma. 0: no smoothing.
     returns: (S, h) float32, each row summing to 1.
     """
-    bilinear = F.interpolate(
-        torch.eye(h, dtype=torch.float64)[None], size=size, mode="linear", align_corners=False
-    )[0].T  # (S, h)
+    eye = torch.eye(h, dtype=torch.float64)
+    bilinear = F.interpolate(eye[None], size=size, mode="linear")[0].T  # (S, h)
     offsets = torch.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
     weights = torch.exp(-0.5 * (offsets / max(sigma, 1e-9)).double().square())
     at = (torch.arange(size)[:, None] + offsets) % (2 * size)  # mirrored: d c b a | a b c d
@@ -199,12 +199,7 @@ class PaDiM:
             x[k : k + step] = torch.cat(parts, dim=1).permute(0, 2, 3, 1)
         return x.flatten(1, 2)  # (B, P, D)
 
-    def fit(
-        self,
-        images: ArrayLike | Tensor,
-        *,
-        track: Callable[[Iterable[int]], Iterable[int]] = iter,
-    ) -> PaDiM:
+    def fit(self, images: ArrayLike | Tensor, *, track: Track = iter) -> PaDiM:
         """mu_p and Sigma_p of healthy images, in one pass over them.   [D:(1)]
 
         images: (N, 3, S, S), N >= 2, uint8 (a memory-map is read batch by batch) or floating in
@@ -248,16 +243,9 @@ class PaDiM:
         if self.size == 0:
             raise ValueError("PaDiM has to be fitted before it is saved")
         lower = torch.tril_indices(*self.whitening.shape[1:])
-        state = {
-            "kind": "padim",
-            "backbone": self.backbone.state_dict(),
-            "channels": self.channels,
-            "eps": self.eps,
-            "sigma": self.sigma,
-            "size": self.size,
-            "mean": self.mean,
-            "whitening": self.whitening[:, lower[0], lower[1]],  # (P, D (D + 1) / 2)
-        }
+        state = {name: getattr(self, name) for name in ("channels", "eps", "sigma", "size", "mean")}
+        state |= {"kind": "padim", "backbone": self.backbone.state_dict()}
+        state["whitening"] = self.whitening[:, lower[0], lower[1]]  # (P, D (D + 1) / 2)
         torch.save(state, path)
 
     @classmethod

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 T = TypeVar("T", Tensor, nn.Module)
 
 POOLED = 512  # channels of layer4
+Z = 128  # output features                                                        [P:§4.2]
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, in [0, 1]: what its weights expect
 STD = (0.229, 0.224, 0.225)
 
@@ -76,13 +77,10 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = Conv3x3(outputs, outputs)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = (
-            nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-            if stride != 1 or inputs != outputs
-            else None
-        )
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -149,7 +147,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 class Encoder(nn.Module):
     """f_theta with its heads: z = head(backbone(x)), on the unit sphere or raw.   [P!(3) R20]
 
-    classes:   A, that f_beta tells apart.   z_dim: Z.
+    classes:   A, that f_beta tells apart.
     features:  "unit" scales z to length 1, "raw" leaves it as printed.
     aug_head:  what f_beta sees: "backbone" (512-d) or "projection" (z).   [P!(8) R17]
     generator: of the start weights.
@@ -159,7 +157,6 @@ class Encoder(nn.Module):
         self,
         *,
         classes: int = 4,
-        z_dim: int = 128,
         features: str = "unit",
         aug_head: str = "backbone",
         generator: torch.Generator | None = None,
@@ -172,9 +169,9 @@ class Encoder(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         self.features, self.aug_head = features, aug_head
         self.backbone = ResNet18(generator)
-        self.head = nn.Sequential(nn.Linear(POOLED, POOLED), nn.ReLU(), nn.Linear(POOLED, z_dim))
-        self.f_beta = nn.Linear(POOLED if aug_head == "backbone" else z_dim, classes)
-        self.f_gamma = nn.Linear(z_dim, 8)
+        self.head = nn.Sequential(nn.Linear(POOLED, POOLED), nn.ReLU(), nn.Linear(POOLED, Z))
+        self.f_beta = nn.Linear(POOLED if aug_head == "backbone" else Z, classes)
+        self.f_gamma = nn.Linear(Z, 8)
         for part in (self.head, self.f_beta, self.f_gamma):
             initialise(part, generator)
 

@@ -33,11 +33,7 @@ VALIDATION = 50  # images of each class that set the thresholds              [P:
 GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]
 GROUP_SIZE = 100  # images                                                   [P:§4.5.1]
 DETECTOR_FILES = ("detector.pt", "detector_igd.pt", "detector_f_beta.pt")  # of a run
-DETECTORS: dict[str, Any] = {
-    "padim": PaDiM,
-    "igd": IGD,
-    "f_beta": LesionClassifier,
-}  # by the kind in their files
+DETECTORS: dict[str, Any] = {"padim": PaDiM, "igd": IGD, "f_beta": LesionClassifier}  # by kind
 
 
 # --- The protocol of section 4.3 -----------------------------------------------------------------
@@ -158,8 +154,8 @@ def localisation(
     best, best_dice = dice_threshold(maps, masks, grouped)
     values = np.zeros((3, len(maps)))  # IoU, Dice and the best possible IoU of each image
     for i in np.unique(grouped):
-        mask = np.asarray(masks[i], bool)
-        values[:, i] = iou(maps[i] >= t, mask), dice(maps[i] >= t, mask), iou(maps[i] >= best, mask)
+        m, mask = maps[i], masks[i]
+        values[:, i] = iou(m >= t, mask), dice(m >= t, mask), iou(m >= best, mask)
     means = {
         "iou": [values[0, group].mean() for group in groups],
         "dice": [values[1, group].mean() for group in groups],
@@ -259,10 +255,8 @@ def best_baseline(
 
     Chosen by the test labels, in its favour: what a detector has to beat.
     """
-    rows = {
-        name: protocol(s, labels, seed=seed, paper_protocol=paper_protocol)
-        for name, s in baselines.items()
-    }
+    shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
+    rows = {name: protocol(s, labels, **shared) for name, s in baselines.items()}
     best = max(rows, key=lambda name: rows[name]["image_auroc"])
     every = {name: row["image_auroc"] for name, row in rows.items()}
     return rows[best] | {"baseline": best, "baselines": every}, baselines[best]

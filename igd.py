@@ -336,9 +336,8 @@ class Training:
         """
         loss = torch.stack(list(terms.values())).sum()
         if not loss.isfinite():
-            raise FloatingPointError(
-                f"{self.name}: loss {loss:g} in step {self.step_done}; lower lr"
-            )
+            what = f"loss {loss:g} in step {self.step_done}"
+            raise FloatingPointError(f"{self.name}: {what}; lower lr")
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:

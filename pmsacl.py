@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baselines.pretraining import UNTRAINED, losses_of_other_methods
+from baselines.pretraining import UNTRAINED, nt_xent, supervised_contrastive
 from baselines.strong import STRONG
 from encoder import Encoder, autocast, channels_last, seeded, to_unit
 from kernels.contrastive import contrastive
@@ -42,7 +42,7 @@ from losses import (
 from support.options import CENTRED, Config, lesion_area, positive_scale
 from support.progress import progress, say
 from support.run import average_gradients, gather, ranks, synchronised
-from support.training import SAVE_EVERY, start_weights, train
+from support.training import start_weights, train
 from weak import weak
 
 # --- section 3.2: the views and the sum of the terms -------------------------------------------
@@ -72,14 +72,11 @@ def class_views(
     n = torch.arange(config.classes, device=x.device).repeat_interleave(len(x))  # (A B,)
     x_n, _ = strong_set(config)(x, n, generator)  # (A B, 3, S, S), class by class
     views = x_n.new_empty(2 * len(x_n), *x.shape[1:])
-    a_0 = functools.partial(
-        weak,
-        preset=config.weak,
-        min_area=config.crop_area or None,
-        strength=config.jitter,
-    )
     for view in (0, 1):
-        a_0(x_n, generator, out=views[view::2])
+        weak(
+            x_n, generator, preset=config.weak, min_area=config.crop_area or None,
+            strength=config.jitter, out=views[view::2],
+        )  # fmt: skip
     n = n.repeat_interleave(2)  # (N,)
     return views, n, torch.arange(len(n), device=x.device) ^ 1
 
@@ -126,8 +123,10 @@ def loss_terms(
         "pmsacl": l_pmsacl,
         "aug": lambda: augmentation_loss(logits, n),
         "pos": l_pos,
+        # of the methods that Table 9 compares with                            [P:Tab.9]
+        "con": lambda: nt_xent(z_all, pair_all, tau=config.tau, rows=rows),
+        "sup": lambda: supervised_contrastive(z_all, n_all, pair_all, tau=config.tau, rows=rows),
     }
-    terms |= losses_of_other_methods(z_all, n_all, pair_all, tau=config.tau, rows=rows)
     return {name: term() for name, term in terms.items() if name in names}
 
 
@@ -192,11 +191,9 @@ class Pretraining:
     def _start(self) -> Encoder:
         config = self.config
         encoder = Encoder(
-            classes=config.classes,
-            features=config.features,
-            aug_head=config.aug_head,
+            classes=config.classes, features=config.features, aug_head=config.aug_head,
             generator=seeded(config.seed, 2),
-        )
+        )  # fmt: skip
         channels_last(encoder.to(self.device)).train()
         return cast(Encoder, synchronised(encoder))
 
@@ -257,13 +254,11 @@ class Pretraining:
             c = torch.randn(width, self.config.classes, generator=self.draws(8))
             c = torch.linalg.qr(c).Q if self.config.centres == "equidistant" else c / c.norm(dim=0)
             return c.T.contiguous().to(self.device)
-        chunks = np.array_split(self.trained, self.steps)
-
-        def views() -> Iterator[tuple[Tensor, Tensor]]:
-            for i, chunk in enumerate(progress(chunks, len(chunks), "class centres")):
-                yield self.views_of(chunk, self.draws(3, i))
-
-        return class_centres(self.encoder, views())
+        chunks = enumerate(np.array_split(self.trained, self.steps))
+        shown = progress(chunks, self.steps, "class centres")
+        return class_centres(
+            self.encoder, (self.views_of(chunk, self.draws(3, i)) for i, chunk in shown)
+        )
 
     def views_of(self, indices: np.ndarray, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         x = self.batch_of(indices)
@@ -329,25 +324,19 @@ PROGRESS = ("step_done", "total", "c", "spread", "collapsed", "init")  # of a ch
 
 
 def pretrain(
-    images: np.ndarray,
-    config: Config,
-    folder: Path,
-    *,
-    local: bool = False,
-    save_every: float = SAVE_EVERY,
+    images: np.ndarray, config: Config, folder: Path, *, local: bool = False
 ) -> tuple[Encoder, str]:
     """Minimise eq. 1 over D; start anew, or go on from the run's checkpoint.   [P:§4.2]
 
-    save_every: seconds between checkpoints.
-    returns:    the encoder in evaluation mode, and what it started from.
-    raises:     as Pretraining; FloatingPointError when the loss is not finite.
+    returns: the encoder in evaluation mode, and what it started from.
+    raises:  as Pretraining; FloatingPointError when the loss is not finite.
     """
     suffix = "_local" if local else ""
     checkpoint = folder / f"checkpoint{suffix}.pt"
     training = Pretraining(images, config, local=local)
     if not checkpoint.exists():
         training.begin()
-    train(training, checkpoint, folder / f"log{suffix}.csv", save_every=save_every)
+    train(training, checkpoint, folder / f"log{suffix}.csv")
     return training.encoder.eval(), training.init
 
 

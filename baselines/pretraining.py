@@ -25,7 +25,6 @@ Sizes: A classes, B images, N = 2 A B views, R of them as queries, Z features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,27 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 UNTRAINED = ("imagenet", "random")
 
 
-def losses_of_other_methods(
-    z: Tensor, n: Tensor, pair: Tensor, *, tau: float, rows: tuple[int, int] | None
-) -> dict[str, Callable[[], Tensor]]:
-    """What --terms may name beside the terms of eq. 1: name -> its loss.   [P:Tab.9]
-
-    z, n, pair, rows: as in losses.contrastive_losses.
-    """
-    return {
-        "con": lambda: nt_xent(z, pair, tau=tau, rows=rows),
-        "sup": lambda: supervised_contrastive(z, n, pair, tau=tau, rows=rows),
-    }
-
-
-def nt_xent(
-    z: Tensor,
-    pair: Tensor,
-    *,
-    tau: float,
-    backend: str = "auto",
-    rows: tuple[int, int] | None = None,
-) -> Tensor:
+def nt_xent(z: Tensor, pair: Tensor, *, tau: float, rows: tuple[int, int] | None = None) -> Tensor:
     """l = E_i -log [ exp(f_i.f_pair(i) / tau) / sum_{j != i} exp(f_i.f_j / tau) ], f = z / ||z||.
 
     [S:(1)] over two views of each image; [CSI:§2.2] [DROC:§2] [CCD:§2] over two views of each
@@ -82,38 +61,35 @@ def nt_xent(
     rows:    (start, stop): only these views are queries.
     returns: scalar.
     """
-    one_class, at_zero = torch.zeros_like(pair), z.new_zeros(1, z.shape[1])
-    return contrastive(
-        z, one_class, pair, at_zero, tau=tau, alpha=1.0, positive_scale="tau", backend=backend,
-        rows=rows,
-    )  # fmt: skip
+    return _uncentred(z, pair, tau, "tau", rows).mean()
 
 
 def supervised_contrastive(
-    z: Tensor,
-    n: Tensor,
-    pair: Tensor,
-    *,
-    tau: float,
-    backend: str = "auto",
-    rows: tuple[int, int] | None = None,
+    z: Tensor, n: Tensor, pair: Tensor, *, tau: float, rows: tuple[int, int] | None = None
 ) -> Tensor:
     """l = E_i -1/|P_i| sum_{p in P_i} log [ exp(f_i.f_p / tau) / sum_{j != i} exp(f_i.f_j / tau) ].
 
     P_i: the other views of i's class, f = z / ||z||.  [SC:(2)], on MedMix's classes. The mean over
     P_i moves into the logarithm's numerator, f_i.(sum of f over the class - f_i) / (|P_i| tau), so
-    that no (N, N) matrix is stored: the denominator is eq. 5's with alpha = 1 and centres at 0.
+    that no (N, N) matrix is stored.
 
     z, pair: as in `nt_xent`; each view has its pair, so |P_i| >= 1.
     n:       (N,) int64 class ids.
     returns: scalar.
     """
-    one_class, at_zero = torch.zeros_like(pair), z.new_zeros(1, z.shape[1])
-    denominator = contrastive(
-        z, one_class, pair, at_zero, tau=tau, alpha=1.0, positive_scale=0.0, backend=backend,
-        rows=rows, reduction="none",
-    )  # fmt: skip
-    f = centred_features(z.to(denominator.dtype), one_class, at_zero.to(denominator.dtype))
+    denominator = _uncentred(z, pair, tau, 0.0, rows)
+    f = z.to(denominator.dtype)
+    f = centred_features(f, torch.zeros_like(n), f.new_zeros(1, f.shape[1]))
     sums = f.new_zeros(int(n.max()) + 1, f.shape[1]).index_add(0, n, f)  # (A, Z)
     positives = (f * (sums[n] - f)).sum(dim=1) / (n.bincount()[n] - 1)  # (N,)
     return (denominator - positives[slice(*rows) if rows else slice(None)] / tau).mean()
+
+
+def _uncentred(
+    z: Tensor, pair: Tensor, tau: float, scale: str | float, rows: tuple[int, int] | None
+) -> Tensor:
+    """Eq. 5 of each query, (R,), with alpha = 1 and centres at 0: one class, f = z / ||z||."""
+    n, c = torch.zeros_like(pair), z.new_zeros(1, z.shape[1])
+    return contrastive(
+        z, n, pair, c, tau=tau, alpha=1, positive_scale=scale, rows=rows, reduction="none"
+    )

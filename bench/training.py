@@ -150,9 +150,8 @@ def main() -> None:
 
     def measure(what: str, times: Times) -> None:
         ours, other, ratio = times
-        machine = (
-            f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
+        threads = f"{torch.get_num_threads()} threads"
+        machine = f"{platform.machine()}, {threads}, torch {torch.__version__}"
         rows.append([what, f"{1e3 * ours:.1f}", f"{1e3 * other:.1f}", f"{ratio:.3f}", machine])
         print(f"{what}: {1e3 * ours:.1f} ms / {1e3 * other:.1f} ms = {ratio:.3f}", flush=True)
 

@@ -313,22 +313,18 @@ def contrastive(
 ) -> Tensor:
     """E_i -log exp(s f_i.f_pair(i)) / sum_{j != i} exp(kappa(n_i, n_j) f_i.f_j).   [P:(4) P:(5)]
 
-    z:              (N, Z) features f_theta(x) of the views, N >= 2, any float dtype and strides.
-                    A float16 or bfloat16 z keeps f of eq. 6 in its own dtype on a GPU; all sums
-                    are float32. Z <= 512 on the Triton path.
-    n:              (N,) int64, class of each view, 0..A-1, in any order.           [P!§3.1 R1]
-    pair:           (N,) int64, the other weak view of the same strong image.
-    c:              (A, Z) centres of eq. 2; gets a gradient only if it asks for one.
-    tau, alpha:     temperature and its factor within a class, both > 0.            [P!(7) R3]
-    positive_scale: s: "kappa", "tau" or a number, see losses.kappas.               [P!(5) R2]
-    backend:        "auto" (by the device), "torch" or "triton".
-    rows:           (start, stop): only these views are queries, all N stay in the denominator.
-                    With z gathered over ranks, each rank passes its own rows.
-    allow_tf32:     Triton path, float32 z: round products to 10 bits, as fast as 16-bit floats.
-    reduction:      "mean" (eq. 4) or "none" (eq. 5 for each query).
-    returns:        scalar or (R,), float32 (float64 for a float64 z).
-    raises:         ValueError for a wrong shape, dtype, device or id, N < 2, a pair that is not
-                    an involution within the class, an unusable backend or reduction.
+    z, n, pair, c, tau, alpha, positive_scale, rows: as losses.contrastive_losses takes them.
+
+    z:          (N, Z), N >= 2, any float dtype and strides. A 16-bit z keeps f of eq. 6 in its own
+                dtype on a GPU; all sums are float32. Z <= 512 on the Triton path.
+    c:          gets a gradient only if it asks for one.
+    backend:    "auto" (by the device), "torch" or "triton".
+    rows:       with z gathered over ranks, each rank passes its own.
+    allow_tf32: Triton path, float32 z: round products to 10 bits, as fast as 16-bit floats.
+    reduction:  "mean" (eq. 4) or "none" (eq. 5 for each query).
+    returns:    scalar or (R,), float32 (float64 for a float64 z).
+    raises:     ValueError for a wrong shape, dtype, device or id, N < 2, a pair that is not
+                an involution within the class, an unusable backend or reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')

@@ -115,12 +115,7 @@ def _launch(x, mean, whitening, allow_tf32):
 
 
 def mahalanobis(
-    x: Tensor,
-    mean: Tensor,
-    whitening: Tensor,
-    *,
-    backend: str = "auto",
-    allow_tf32: bool = False,
+    x: Tensor, mean: Tensor, whitening: Tensor, *, backend: str = "auto", allow_tf32: bool = False
 ) -> Tensor:
     """s_bp = |W_p (x_bp - mu_p)|_2.  [P:(13)]
 

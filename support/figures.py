@@ -9,7 +9,6 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -274,19 +273,7 @@ COMPARED = ("#d9730d", "#2e8b57", "#8e44ad", "#b8860b")  # a colour for each nam
 ROW = 34  # pixels between two lines of a chart
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """A horizontal axis: ticks at first * step ... last * step, over `width` pixels from `left`."""
-
-    first: int
-    last: int
-    step: float
-    left: int
-    width: int = 640
-
-    def x(self, value: float) -> float:
-        """The pixel column of a value."""
-        return self.left + (value / self.step - self.first) / (self.last - self.first) * self.width
+WIDTH = 640  # of the axis
 
 
 def dot_chart(
@@ -304,8 +291,13 @@ def dot_chart(
     axis:    what the values are.
     """
     font, small, large = (ImageFont.load_default(size) for size in (15, 13, 18))
-    scale = _axis_for(values, printed, int(max(font.getlength(name) for name in values)) + 40)
-    right = scale.left + scale.width
+    first, last, step = _ticks(values, printed)
+    left = int(max(font.getlength(name) for name in values)) + 40
+
+    def column(value: float) -> float:
+        return left + (value / step - first) / (last - first) * WIDTH
+
+    right = left + WIDTH
     notes, heads = textwrap.wrap(note, right // 7), textwrap.wrap(title, right // 10)
     top = 70 + 24 * len(heads)
     bottom = top + ROW * len(values)
@@ -315,38 +307,40 @@ def dot_chart(
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((12, 10), "\n".join(heads), "black", large)
     _draw_legend(draw, top - 38, list(printed))
-    for k in range(scale.first, scale.last + 1):
-        x = scale.x(k * scale.step)
+    for k in range(first, last + 1):
+        x = column(k * step)
         draw.line((x, top - 6, x, bottom), "#dddddd")
-        draw.text((x, bottom + 5), f"{k * scale.step:.2f}", "black", small, anchor="ma")
-    draw.text((scale.left + scale.width / 2, bottom + 24), axis, "black", font, anchor="ma")
+        draw.text((x, bottom + 5), f"{k * step:.2f}", "black", small, anchor="ma")
+    draw.text((left + WIDTH / 2, bottom + 24), axis, "black", font, anchor="ma")
     draw.multiline_text((12, bottom + 50), "\n".join(notes), GREY, small)
     for i, (name, row) in enumerate(values.items()):
         y = top + ROW * i + 14
-        draw.text((scale.left - 20, y), name, "black", font, anchor="rm")
-        _draw_row(draw, scale, y, row, [column.get(name) for column in printed.values()])
+        draw.text((left - 20, y), name, "black", font, anchor="rm")
+        if not row:
+            draw.text((left + 6, y), "not run", GREY, small, anchor="lm")
+        for compared, colour in zip(printed.values(), COMPARED, strict=False):
+            if (value := compared.get(name)) is not None:
+                _diamond(draw, column(value), y, 6, colour)
+        _draw_runs(draw, [column(value) for value in row], y)
     return sheet
 
 
-def _axis_for(
-    values: Mapping[str, Sequence[float]],
-    printed: Mapping[str, Mapping[str, float | None]],
-    left: int,
-) -> _Axis:
-    """The axis that holds all values, the ends of the bars and what is compared with them."""
-    marks = [value for row in values.values() for value in row]
-    marks += [end for row in values.values() if len(row) > 1 for end in _bar(row)]
-    marks += [
-        value for column in printed.values() for value in column.values() if value is not None
-    ]
+def _ticks(
+    values: Mapping[str, Sequence[float]], printed: Mapping[str, Mapping[str, float | None]]
+) -> tuple[int, int, float]:
+    """First and last tick of an axis that holds all values and bars, in steps, and the step."""
+    marks = [v for row in values.values() for v in [*row, *_bar(row)]]
+    marks += [v for compared in printed.values() for v in compared.values() if v is not None]
     low, high = (min(marks), max(marks)) if marks else (0.5, 1.0)
     step = next((t for t in (0.01, 0.02, 0.05, 0.1) if high - low <= 8 * t), 0.2)
     first = math.floor(low / step)
-    return _Axis(first, max(math.ceil(high / step), first + 1), step, left)
+    return first, max(math.ceil(high / step), first + 1), step
 
 
-def _bar(row: Sequence[float]) -> tuple[float, float]:
-    """One standard deviation below the mean, and one above."""
+def _bar(row: Sequence[float]) -> tuple[float, ...]:
+    """One standard deviation below the mean, and one above; nothing for fewer than two runs."""
+    if len(row) < 2:
+        return ()
     mean, sd = float(np.mean(row)), float(np.std(row, ddof=1))
     return mean - sd, mean + sd
 
@@ -362,28 +356,15 @@ def _draw_legend(draw: ImageDraw.ImageDraw, y: int, printed: Sequence[str]) -> N
         x += 44 + font.getlength(name)
 
 
-def _draw_row(
-    draw: ImageDraw.ImageDraw,
-    axis: _Axis,
-    y: int,
-    row: Sequence[float],
-    printed: Sequence[float | None],
-) -> None:
-    """The marks of one line: what is compared with, single runs, the bar, the mean."""
-    for value, colour in zip(printed, COMPARED, strict=False):
-        if value is not None:
-            _diamond(draw, axis.x(value), y, 6, colour)
-    if not row:
-        draw.text((axis.left + 6, y), "not run", GREY, ImageFont.load_default(13), anchor="lm")
-        return
-    x = axis.x(float(np.mean(row)))
-    if len(row) > 1:
-        for value in row:
-            _dot(draw, axis.x(value), y + 10, 3, PALE)
-        for end in map(axis.x, _bar(row)):
-            draw.line((x, y, end, y), BLUE, 2)
-            draw.line((end, y - 6, end, y + 6), BLUE, 2)
-    _dot(draw, x, y, 6, BLUE)
+def _draw_runs(draw: ImageDraw.ImageDraw, columns: Sequence[float], y: int) -> None:
+    """The marks of one line: single runs, the bar, the mean."""
+    for x in columns if len(columns) > 1 else ():
+        _dot(draw, x, y + 10, 3, PALE)
+    for end in _bar(columns):
+        draw.line((float(np.mean(columns)), y, end, y), BLUE, 2)
+        draw.line((end, y - 6, end, y + 6), BLUE, 2)
+    if columns:
+        _dot(draw, float(np.mean(columns)), y, 6, BLUE)
 
 
 def _dot(draw: ImageDraw.ImageDraw, x: float, y: float, radius: int, colour: str) -> None:

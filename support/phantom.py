@@ -12,10 +12,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
 from support import data
 from support.progress import progress
+
+Array = np.ndarray
 
 
 def draw(
@@ -72,7 +75,7 @@ def draw(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _noise(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
+def _noise(rng: Generator, size: int, cells: float) -> Array:
     """Smooth noise (S, S) of about unit variance, `cells` bumps a side."""
     n = max(2, round(cells)) + 3
     grid = Image.fromarray(rng.standard_normal((n, n)).astype(np.float32))
@@ -80,9 +83,7 @@ def _noise(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
     return 1.4 * np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _colonoscopy(
-    size: int, rng: np.random.Generator, *, lesions: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _colonoscopy(size: int, rng: Generator, *, lesions: bool) -> tuple[Array, Array]:
     """One close view of a colon's wall: uint8 image (S, S, 3) and mask (S, S) of 0 and 255."""
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j].astype(np.float32)
     height, depth = _wall(rng, x, y)
@@ -100,7 +101,7 @@ def _colonoscopy(
     return np.round(255 * image).astype(np.uint8), mask
 
 
-def _wall(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _wall(rng: Generator, x: Array, y: Array) -> tuple[Array, Array]:
     """Height of the wall and its distance from the camera: it curves away, with folds across it."""
     size, angle = len(x), rng.uniform(0, 2 * np.pi)
     along = np.cos(angle) * x + np.sin(angle) * y
@@ -115,7 +116,7 @@ def _wall(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> tuple[np.nd
     return height, depth
 
 
-def _vessels(rng: np.random.Generator, size: int) -> np.ndarray:
+def _vessels(rng: Generator, size: int) -> Array:
     """Trees of vessels (S, S) in [0, 1]: branches that wander, part and grow thin."""
     side = 2 * size  # drawn twice as large, so that their edges are soft
     sheet = Image.new("L", (side, side))
@@ -141,7 +142,7 @@ def _vessels(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.asarray(small, np.float32) / 255
 
 
-def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
+def _mucosa(rng: Generator, size: int) -> Array:
     """Colour (S, S, 3): two tints blended by noise, and trees of vessels."""
     tint = np.array([0.87, 0.52, 0.40]) * (1 + rng.normal(0, [0.012, 0.022, 0.026]))
     other = tint * (1 + rng.normal(0, [0.01, 0.025, 0.03]))
@@ -152,9 +153,7 @@ def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
     return colour * (1 - vessel[..., None] * [0.25, 1.0, 0.9])  # blood takes green and blue
 
 
-def _lesion(
-    rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _lesion(rng: Generator, x: Array, y: Array, colour: Array) -> tuple[Array, Array, Array, Array]:
     """A raised polyp, or one time in four a flat lesion, anywhere and of any size.
 
     returns: coverage (S, S) in [0, 1], height (S, S), shadow around it (S, S), colour (S, S, 3).
@@ -180,13 +179,7 @@ def _lesion(
     return inside, dome, rim, base * (1 + strength * (paint - 1)) + pits[..., None] * [0.5, 1, 1]
 
 
-def _photograph(
-    rng: np.random.Generator,
-    height: np.ndarray,
-    depth: np.ndarray,
-    colour: np.ndarray,
-    shadow: np.ndarray,
-) -> np.ndarray:
+def _photograph(rng: Generator, height: Array, depth: Array, colour: Array, shadow: Array) -> Array:
     """Light from beside the camera that falls off with depth, and highlights on wet slopes."""
     size = len(height)
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]

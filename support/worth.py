@@ -81,8 +81,8 @@ def add_worth(
     kinds:                the AUROC of each kind of abnormal image, where there are several.
     """
     y, kind = labels[test], np.array(kinds)[test]
-    drawn = dict(zip(scores, bootstrapped_aurocs([s[test] for s in scores.values()], y, seed),
-                     strict=True))  # fmt: skip
+    aurocs = bootstrapped_aurocs([s[test] for s in scores.values()], y, seed)
+    drawn = dict(zip(scores, aurocs, strict=True))
     for name, row in rows.items():
         row["image_auroc_interval"] = interval(drawn[name])
         if "untrained" in rows and name != "untrained":
@@ -99,9 +99,7 @@ def add_worth(
 # --- trivial baselines ---------------------------------------------------------------------------
 
 
-def trivial_scores(
-    train: Array, test: Array, samples: Sequence[Sample], *, k: int = NEIGHBOURS
-) -> dict[str, Array]:
+def trivial_scores(train: Array, test: Array, samples: Sequence[Sample]) -> dict[str, Array]:
     """Scores of the test images that need no network: name -> (M,).
 
     The distance to the nearest training thumbnails has one direction. Of file size and brightness
@@ -109,7 +107,7 @@ def trivial_scores(
 
     train, test: (N, 3, S, S) and (M, 3, S, S) uint8.   samples: of the test images.
     """
-    a, b = thumbnails(train), thumbnails(test)
+    a, b, k = thumbnails(train), thumbnails(test), NEIGHBOURS
     near = torch.cdist(b, a).topk(min(k, len(a)), largest=False).values.mean(dim=1).numpy()
     size = np.array([float(sample.path.stat().st_size) for sample in samples])
     light = b.mean(dim=1).numpy()
@@ -124,11 +122,9 @@ def trivial_scores(
 
 def thumbnails(images: Array) -> torch.Tensor:
     """(N, 3 * 16 * 16): means over blocks of pixels, in [0, 1]."""
-    parts = []
-    for k in range(0, len(images), 256):
-        x = to_unit(images[k : k + 256], "cpu")
-        parts.append(F.adaptive_avg_pool2d(x, THUMBNAIL).flatten(1))
-    return torch.cat(parts)
+    starts = range(0, len(images), 256)
+    parts = (to_unit(images[k : k + 256], "cpu") for k in starts)
+    return torch.cat([F.adaptive_avg_pool2d(x, THUMBNAIL).flatten(1) for x in parts])
 
 
 # --- fake lesions --------------------------------------------------------------------------------
@@ -154,11 +150,10 @@ def fake_lesions(backbone: ResNet18, images: Array, *, seed: int) -> dict[str, f
     maps, scores = detector.score(x)
     fake_maps, fake_scores = detector.score(fake)
     labels = torch.arange(2 * len(x)) >= len(x)
+    masks = torch.cat([torch.zeros_like(masks), masks])[:, 0]
     return {
         "image_auroc": auroc(torch.cat([scores, fake_scores]), labels),
-        "aupro": aupro(
-            torch.cat([maps, fake_maps]), torch.cat([torch.zeros_like(masks), masks])[:, 0]
-        ),
+        "aupro": aupro(torch.cat([maps, fake_maps]), masks),
     }
 
 

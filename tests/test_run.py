@@ -99,7 +99,7 @@ def test_the_untrained_row_is_the_start_network_and_the_trained_one_is_not(finis
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(images, finished, tmp_path):
     folder = tmp_path / "killed"
     slow = "import pmsacl, sys, time; from support import job;" \
-        "pmsacl.pretrain.__kwdefaults__['save_every'] = 0.0;" \
+        "pmsacl.train.__kwdefaults__['save_every'] = 0.0;" \
         "update = pmsacl.Pretraining.update;" \
         "pmsacl.Pretraining.update = lambda t, terms: (time.sleep(0.3), update(t, terms))[1];" \
         "sys.exit(job.main(sys.argv[1:]))"  # fmt: skip
