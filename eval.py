@@ -22,8 +22,10 @@ from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
 from support import data, figures, layouts
-from support.progress import progress, say
-from support.run import Parser, pick_device, read_json, read_saved, write_file
+from support.claim import held
+from support.progress import complain, progress, quietly, say, show
+from support.readers import build_detector, read_config, read_results
+from support.run import Parser, pick_device, read_saved, read_text, write_file
 from support.tables import measured, origin, write_results, write_scores
 
 Array = NDArray[Any]
@@ -254,24 +256,19 @@ def evaluate(
 
 def load(path: str | Path, device: str = "cpu") -> PaDiM | IGD:
     """The detector that a file holds, by its "kind".   raises: ValueError, or OSError."""
-    state = read_saved(path, "detector", device)
-    if not isinstance(state, dict) or "kind" not in state:
-        raise ValueError(f"{path}: not a detector file")
-    kinds: dict[str, type[PaDiM] | type[IGD]] = {"padim": PaDiM, "igd": IGD}
-    if state["kind"] not in kinds:
-        raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
-    return kinds[state["kind"]].of(state, device)
+    kinds = {"padim": PaDiM, "igd": IGD}
+    return build_detector(read_saved(path, "detector", device), kinds, path, device)
 
 
 def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run's config, its results (empty if there are none) and its detectors by name."""
     files = [path for name in DETECTOR_FILES if (path := folder / name).is_file()]
-    config = read_json(folder / "config.json")
-    if not files or "image_size" not in config:
+    config = read_config(folder)
+    if not files or not config:
         raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
     loaded = [load(path, pick_device(device)) for path in files]
     detectors = {type(detector).__name__.lower(): detector for detector in loaded}
-    return config, read_json(folder / "results.json"), detectors
+    return config, read_results(folder), detectors
 
 
 def evaluate_run(
@@ -299,8 +296,9 @@ def evaluate_run(
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
     dataset, images, masks, known = data.decode_test(
-        dataset, size, folder / "cache", skip_bad=skip_bad or bool(config.get("skip_bad"))
-    )
+        dataset, size, folder / "cache", skip_bad=skip_bad or bool(config.get("skip_bad")),
+        window=config.get("values_shown"),
+    )  # fmt: skip
     kept = {}
     for name, entry in old.items():
         if name in measured(old) and entry.get("data") != origin(dataset, seed, paper_protocol):
@@ -332,7 +330,9 @@ def score_files(
         tempfile.TemporaryFile(dir=parent).close()  # fails in a folder that is not writable
     with tempfile.TemporaryDirectory() as cache:
         size = int(config["image_size"])
-        images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
+        images, kept = data.decode(
+            list(targets), size, Path(cache), skip_bad=skip_bad, window=config.get("values_shown")
+        )
         files = [list(targets)[i] for i in kept]
         scored = _scored(detectors, images, batch)
         scales = {name: results[name]["map_scale"] for name in detectors if name in results}
@@ -385,11 +385,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.score:
             score_files(args.run, args.score, **shared)
         else:
-            evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
-            print((args.run / "results.md").read_text(), end="")
+            with held(args.run):
+                evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
+            show(read_text(args.run / "results.md"))
     except (ValueError, OSError) as error:
-        print("eval.py:", str(error).replace("\n", " "), file=sys.stderr)
-        return 2
+        return complain("eval.py", error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command begins again", file=sys.stderr)
         return 130
@@ -397,4 +397,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

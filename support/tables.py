@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.layouts import Dataset, Sample
-from support.run import write_file
+from support.run import encoded, write_file
 
 _DETECTION = ("AUC", "Specificity", "Sensitivity", "Accuracy")
 _LOCALISATION = ("IoU", "Dice", "Pro")
@@ -115,7 +115,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     )
     write_file(folder / "results.json", f"{content}\n".encode())
     if measured(results):
-        write_file(folder / "results.md", results_table(results).encode())
+        write_file(folder / "results.md", encoded(results_table(results)))
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,6 +164,7 @@ def results_table(results: Mapping[str, Any]) -> str:
                 f" A pixel: at {row['pixel_threshold']:.6g} or more; the best possible threshold, "
                 f"{best['threshold']:.6g}, gives IoU {best['iou']:.3f} and Dice {best['dice']:.3f}."
             )
+    text += [f"- {' '.join(note.split())}" for note in results.get("data_notes", ())]
     text += dict.fromkeys(f"- {note}" for row in rows.values() for note in row["notes"])
     return "\n".join(text) + "\n"
 
@@ -218,4 +219,4 @@ def write_scores(
         for name, s in scores.items():
             cells += [float(s[i]), int(s[i] >= rows[name]["threshold"])]
         writer.writerow(cells)
-    write_file(folder / "scores.csv", text.getvalue().encode())
+    write_file(folder / "scores.csv", encoded(text.getvalue()))
