@@ -150,6 +150,7 @@ def walk(
     """
     above = [parent.stat() for parent in Path(root).resolve().parents]
     seen = {(place.st_dev, place.st_ino) for place in above}
+    most += len(seen)
     began, told = time.monotonic(), False
     for parent, folders, files in os.walk(root, onerror=failed, followlinks=True):
         try:

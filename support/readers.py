@@ -54,10 +54,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     window = saved.get("values_shown")
-    if window is not None and not (
-        isinstance(window, list) and len(window) == 2 and all(map(_is_number, window))
-    ):
-        raise ValueError(f"{path}: values_shown must be two numbers, is {_short(window)}")
+    if window is not None and not (_is_pair(window) and window[0] < window[1]):
+        raise ValueError(f"{path}: values_shown must be LOW < HIGH, is {_short(window)}")
     return saved
 
 
@@ -68,6 +66,10 @@ def _short(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 ROW_NUMBERS = ("image_auroc", "specificity", "sensitivity", "accuracy", "threshold")
@@ -90,8 +92,7 @@ def read_results(folder: Path) -> dict[str, Any]:
             wrong.append("images")
         if not isinstance(row.get("notes", []), list):
             wrong.append("notes")
-        scale = row.get("map_scale", [0, 1])
-        if not (isinstance(scale, list) and len(scale) == 2 and all(map(_is_number, scale))):
+        if not _is_pair(row.get("map_scale", [0, 1])):
             wrong.append("map_scale")
         if wrong:
             raise ValueError(

@@ -134,7 +134,7 @@ BAD_CONFIGS = [
     *(("image_size", v) for v in (64.5, True, 0, 100, 10**9, -64, [64], {})),
     *(("tau", v) for v in (0, -1, math.nan, math.inf, [0.1])),
     *(("seed", v) for v in (-1, 2**64, 1.5)),
-    *(("values_shown", v) for v in ([], [1], "0,1", [0, "1"], [0, math.nan], {"low": 0})),
+    *(("values_shown", v) for v in ([], [1], "0,1", [0, "1"], [0, math.nan], [1, 1], {"low": 0})),
     ("threads", 2),
     ("torch", None),
 ]
