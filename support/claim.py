@@ -262,7 +262,8 @@ def signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.signal(number, _handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    handlers = {number: signal.signal(number, _handle) for number in heard}
     try:
         yield
     finally:
