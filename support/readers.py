@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from support.progress import say
 from support.run import read_json
 
 CONFIG = {"image_size": int, "seed": int, "data": str}  # what every version has written
@@ -77,17 +78,17 @@ ROW_COUNTS = ("validation_normal", "validation_abnormal", "test_normal", "test_a
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """A run's results.json, {} if there is none.
+    """A run's results.json, {} if there is none, without rows of an older version of this program.
 
-    raises: ValueError if a row of a detector lacks a measure, or one is no finite number.
+    raises: ValueError if a measure in the row of a detector is no finite number.
     """
     path = folder / "results.json"
     results = read_json(path)
-    for name, row in results.items():
+    for name, row in list(results.items()):
         if not (isinstance(row, dict) and "image_auroc" in row):
             continue
-        wrong = [key for key in ROW_NUMBERS if not _is_number(row.get(key))]
-        counts = row.get("images")
+        wrong = [key for key in ROW_NUMBERS if not _is_number(row.get(key, 0))]
+        counts = row.get("images", dict.fromkeys(ROW_COUNTS, 0))
         if not isinstance(counts, dict) or not all(_is_number(counts.get(k)) for k in ROW_COUNTS):
             wrong.append("images")
         if not isinstance(row.get("notes", []), list):
@@ -96,9 +97,12 @@ def read_results(folder: Path) -> dict[str, Any]:
             wrong.append("map_scale")
         if wrong:
             raise ValueError(
-                f"{path}: {name} has no usable {', '.join(wrong)}: damaged, or of an older version "
-                "of this program; evaluate the run again without that file"
+                f"{path}: {name} has no usable {', '.join(wrong)}: damaged; evaluate the run again "
+                "without that file"
             )
+        if not row.keys() >= {*ROW_NUMBERS, "images", "notes"}:
+            say(f"left out: the row {name} of {path}, of an older version of this program")
+            del results[name]
     seconds = results.get("seconds", {})
     if not isinstance(seconds, dict) or not all(map(_is_number, seconds.values())):
         raise ValueError(f"{path}: seconds is damaged; evaluate the run again without that file")

@@ -186,6 +186,12 @@ def test_a_broken_row_of_results_is_named(name, value, tmp_path):
     line_of(caught.value)
 
 
+def test_a_row_of_an_older_version_is_left_out(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps({"a": ROW, "b": {"image_auroc": 0.5}}))
+    assert readers.read_results(tmp_path) == {"a": ROW}
+    assert "left out: the row b" in capsys.readouterr().err
+
+
 class Wide(Toy):
     """A toy with a tensor whose bytes can be flipped."""
 
