@@ -53,6 +53,7 @@ def quietly(main: Callable[[], int]) -> int:
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where the shell has closed it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -104,7 +105,7 @@ def _write(text: str, end: str) -> None:
 def _print(text: str, end: str, stream: TextIO) -> None:
     try:
         print(text, end=end, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:  # its reader has gone, its disk is full
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, stream.fileno())  # or the interpreter complains when it ends
         os.close(silent)
