@@ -21,8 +21,10 @@ from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
 from support import cards, data, figures, layouts, report
-from support.progress import say
-from support.run import Parser, pick_device, read_json, read_saved
+from support.claim import held
+from support.progress import complain, quietly, say, show
+from support.readers import build_detector, read_config, read_results
+from support.run import Parser, pick_device, read_saved, read_text
 from support.scoring import BATCH_SIZE, score_files, score_set
 from support.tables import measured, origin, write_results, write_scores
 from support.worth import add_worth
@@ -264,24 +266,19 @@ def best_baseline(
 
 def load(path: str | Path, device: str = "cpu") -> Any:
     """The detector that a file holds, by its "kind".   raises: ValueError, or OSError."""
-    state = read_saved(path, "detector", device)
-    if not isinstance(state, dict) or "kind" not in state:
-        raise ValueError(f"{path}: not a detector file")
-    if state["kind"] not in DETECTORS:
-        raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
-    return DETECTORS[state["kind"]].of(state, device)
+    return build_detector(read_saved(path, "detector", device), DETECTORS, path, device)
 
 
 def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run's config, its results (empty if there are none) and its detectors by name."""
     files = [path for name in DETECTOR_FILES if (path := folder / name).is_file()]
-    config = read_json(folder / "config.json")
-    if not files or "image_size" not in config:
+    config = read_config(folder)
+    if not files or not config:
         raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
     loaded = [load(path, pick_device(device)) for path in files]
     kinds = {cls: kind for kind, cls in DETECTORS.items()}
     named = {kinds.get(cls := type(d), cls.__name__.lower()): d for d in loaded}
-    return config, read_json(folder / "results.json"), named
+    return config, read_results(folder), named
 
 
 def evaluate_run(
@@ -309,8 +306,9 @@ def evaluate_run(
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
     dataset, images, masks, known = data.decode_test(
-        dataset, size, folder / "cache", skip_bad=skip_bad or bool(config.get("skip_bad"))
-    )
+        dataset, size, folder / "cache", skip_bad=skip_bad or bool(config.get("skip_bad")),
+        window=config.get("values_shown"),
+    )  # fmt: skip
     kept = {}
     for name, entry in old.items():
         if name in measured(old) and entry.get("data") != origin(dataset, seed, paper_protocol):
@@ -350,11 +348,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.run, detectors, config, results, args.score, args.skip_bad, args.batch_size
             )
         else:
-            evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
-            print((args.run / "results.md").read_text(), end="")
+            with held(args.run):
+                evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
+            show(read_text(args.run / "results.md"))
     except (ValueError, OSError) as error:
-        print("eval.py:", str(error).replace("\n", " "), file=sys.stderr)
-        return 2
+        return complain("eval.py", error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command begins again", file=sys.stderr)
         return 130
@@ -362,4 +360,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

@@ -30,11 +30,12 @@ from typing import Any
 
 from baselines.strong import STRONG
 from support import layouts
+from support.claim import claimed
 from support.figures import dot_chart, png
 from support.job import main_job
 from support.options import Config, make_config, parse
-from support.progress import say
-from support.run import Parser, make_folder, read_json, write_file
+from support.progress import complain, quietly, say
+from support.run import Parser, encoded, make_folder, read_json, read_text, write_file
 from support.tables import PRINTED, markdown_table
 
 # Rows: the paper's name -> options. Table 8 starts from CCD as its caption has it, with eq. 9's
@@ -141,8 +142,9 @@ def run_job(config: Config, out: Path) -> None:
     if not (folder / "cache").exists():
         with contextlib.suppress(OSError):  # where links are impossible, each run decodes its own
             os.symlink(Path("..", "cache"), folder / "cache", target_is_directory=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # without its own table
-        main_job(dataclasses.replace(config, out=str(folder)), folder)
+    chosen = dataclasses.replace(config, out=str(folder)), folder
+    with claimed(lambda: chosen, resumed=True), contextlib.redirect_stdout(io.StringIO()):
+        main_job(*chosen)  # without its own table
 
 
 def result_of(config: Config, detector: str, out: Path) -> dict[str, float] | None:
@@ -155,7 +157,7 @@ def result_of(config: Config, detector: str, out: Path) -> dict[str, float] | No
     result = {name: row[name] for name in MEASURES if name in row}
     result["minutes"] = sum(results["seconds"].values()) / 60
     if (folder / "log.csv").exists():
-        last = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))[-1]
+        last = list(csv.DictReader(read_text(folder / "log.csv").splitlines()))[-1]
         result["spread"] = float(last["spread"])
         if last.get("accuracy"):
             result["pretext"] = float(last["accuracy"])
@@ -198,7 +200,7 @@ def read_sweep(file: Path) -> dict[str, str]:
     """
     settings: dict[str, str] = {}
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{file}: not a text file") from None
     for number, line in enumerate(lines, 1):
@@ -328,8 +330,8 @@ def write(name: str, rows: Sequence[Row], common: Mapping[str, Any], out: Path) 
         title += f"; paper: {PRINTED[name][0]}"
     digits = 4 if name == "table 5" else 3
     text = markdown(f"{title}\n\nOptions of all rows: `{options}`", rows, digits)
-    write_file(out / f"{stem}.md", text.encode())
-    write_file(out / f"{stem}.csv", as_csv(rows).encode())
+    write_file(out / f"{stem}.md", encoded(text))
+    write_file(out / f"{stem}.csv", encoded(as_csv(rows)))
     dots = {r.name: [result["image_auroc"] for result in r.results] for r in rows if r.configs}
     columns = [column for column, paper in headings(rows) if paper and column.startswith("AUC")]
     printed = {f"paper: {c}": {r.name: r.paper.get(c) for r in rows} for c in columns}
@@ -349,9 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in ("table", "figure"):
         numbers = [int(name.split()[1]) for name in ROWS if name.startswith(kind)]
         parser.add_argument(f"--{kind}", type=int, nargs="+", default=[], choices=numbers)
-    parser.add_argument(
-        "--sweep", type=Path, metavar="FILE", help="a name and options on each line"
-    )
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="a name and options a line")
     parser.add_argument("--seeds", type=int, default=5, help="runs for each row (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder")
     parser.add_argument("--show", action="store_true", help="run nothing, show what is finished")
@@ -373,8 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text)
         say(f"tables and charts are in {args.out}")
     except (ValueError, OSError) as error:
-        print("experiments.py:", str(error).replace("\n", " "), file=sys.stderr)
-        return 2
+        return complain("experiments.py", error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -397,4 +396,4 @@ def _common_options(arguments: Sequence[str], seeds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

@@ -40,7 +40,7 @@ from losses import (
     position_loss,
 )
 from support.options import CENTRED, Config, lesion_area, positive_scale
-from support.progress import progress, say
+from support.progress import progress, quietly, say
 from support.run import average_gradients, gather, ranks, synchronised
 from support.training import start_weights, train
 from weak import weak
@@ -343,4 +343,4 @@ def pretrain(
 if __name__ == "__main__":
     from support.job import main  # the command: it imports this module
 
-    sys.exit(main())
+    sys.exit(quietly(main))

@@ -46,7 +46,7 @@ class LesionClassifier:
 
     def save(self, path: str | Path) -> None:
         """Write one file that holds everything; `of` reads what it holds."""
-        state = {"kind": "f_beta", "classes": self.encoder.f_beta.out_features}
+        state = {"kind": "f_beta", "classes": self.encoder.f_beta.out_features, "size": 32}  # least
         state |= {name: getattr(self.encoder, name) for name in ("features", "aug_head")}
         torch.save(state | {"encoder": self.encoder.state_dict()}, path)
 

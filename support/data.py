@@ -1,6 +1,6 @@
-"""Decoding and checking images and masks, and the cache of what was decoded.   [P:§4.1]
+"""Decoding and checking images and masks.   [P:§4.1]
 
-Which images there are is in layouts.py.
+Which images there are is in layouts.py, the cache of what was decoded in cache.py.
 
 N images, S pixels a side. Images are uint8 (3, S, S) RGB, masks uint8 or bool (S, S), 1 = lesion.
 """
@@ -8,26 +8,23 @@ N images, S pixels a side. Images are uint8 (3, S, S) RGB, masks uint8 or bool (
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from support.layouts import Dataset, Sample
-from support.progress import progress
+from support.cache import Files, cached
+from support.layouts import Dataset, Sample, other_kind
+from support.progress import say
+from support.run import open_regular
 
-Files = tuple[Path, ...]  # what one row of a cache is read from: an image, or a mask and its image
+Window = tuple[float, float]  # the values that are shown black and white
 
 MIN_SIZE = 32  # pixels a side asked for: one patch of the local encoder
 MIN_SIDE = 8  # pixels of a file's shorter side: below that it is an icon, not an image
-CACHE_VERSION = 1  # part of every cache's name; increase it when decoding changes
 
 
 # --- single images -------------------------------------------------------------------------------
@@ -36,15 +33,18 @@ CACHE_VERSION = 1  # part of every cache's name; increase it when decoding chang
 def _load(path: Path) -> Image.Image:
     """The first frame, decoded to its last byte and turned upright as EXIF says."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file:
+            image: Any = Image.open(file)
             image.load()  # a truncated file raises here
-            upright = ImageOps.exif_transpose(image)
+            upright: Image.Image = ImageOps.exif_transpose(image)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image") from error
+        raise ValueError(f"{path}: not an image{other_kind(path)}") from error
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # pillow's readers raise SyntaxError, struct.error, EOFError, …
         raise ValueError(f"{path}: {error}") from error
     if min(upright.size) < MIN_SIDE:
@@ -66,11 +66,50 @@ def _unit_range(values: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
     return np.clip(values / next((r for r in ranges if top <= r), top), 0, 1)
 
 
-def _rgb(image: Image.Image, behind: str = "white") -> Image.Image:
-    """8 bits of red, green and blue; transparent parts show the colour behind them."""
-    if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits, always grey
-        ranges = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
-        grey = _unit_range(np.asarray(image), ranges)
+def is_deep(image: Image.Image) -> bool:
+    """Whether it holds more than 8 bits, always in one channel."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def extremes(path: Path) -> tuple[float, float, bool] | None:
+    """The least and largest value of an image of more than 8 bits, and whether they are floats.
+
+    returns: None for an image of 8 bits; (-inf, inf) if a value is infinite or NaN.
+    raises:  ValueError, naming the file, if it cannot be read.
+    """
+    try:
+        with open_regular(path) as file, Image.open(file) as image:
+            if not is_deep(image):
+                return None
+    except Exception:  # said when it is decoded
+        return None
+    loaded = _load(path)
+    values = np.asarray(loaded, np.float64)
+    whole = bool(np.isfinite(values).all())
+    least, most = float(values.min()), float(values.max())
+    return (least, most, loaded.mode == "F") if whole else (-math.inf, math.inf, True)
+
+
+def window_of(low: float, high: float, floating: bool) -> Window:
+    """Black and white of a set of more than 8 bits: 0 and the top of the range that holds it."""
+    ranges = (1, 255, 4095, 65535) if floating else (255, 4095, 65535)
+    return 0.0, next((float(r) for r in ranges if high <= r), high)
+
+
+def _rgb(image: Image.Image, behind: str = "white", window: Window | None = None) -> Image.Image:
+    """8 bits of red, green and blue; transparent parts show the colour behind them.
+
+    raises: ValueError for values that only a window gives a meaning to.
+    """
+    if is_deep(image):
+        values = np.asarray(image, np.float64)
+        if window is None:
+            if not np.isfinite(values).all() or values.min() < 0:
+                raise ValueError("holds negative, infinite or NaN values: --window LOW,HIGH")
+            window = window_of(0, float(values.max()), image.mode == "F")
+        low, high = window
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        grey = np.clip((values - low) / (high - low), 0, 1)
         return Image.fromarray(np.round(255 * grey).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -78,20 +117,27 @@ def _rgb(image: Image.Image, behind: str = "white") -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: str | Path, size: int) -> np.ndarray:
+def read_image(path: str | Path, size: int, window: Window | None = None) -> np.ndarray:
     """Read an image as a viewer shows it, resized to a square with antialiasing.
 
     Grey, palette and CMYK images become RGB; transparent parts show white, as on a page; EXIF
-    orientation is applied; only the first of several frames is read. Files of more than 8 bits are
-    scaled by their range: 8, 12 or 16 bits, the smallest that holds the largest value.
+    orientation is applied; only the first of several frames is read.
 
     path:    any file that pillow reads.
     size:    S, pixels a side, at least 32; a smaller image is enlarged.
+    window:  values of black and white in files of more than 8 bits. None: 0 and the top of 8, 12
+             or 16 bits, the smallest that holds the file's largest value; a set of files needs one
+             window for all, or a single pixel sets an image's brightness (support/depth.py).
     returns: uint8 (3, S, S).
-    raises:  ValueError, naming the file, if it is no image, is truncated, or is under 8 pixels.
+    raises:  ValueError, naming the file, if it is no image, is truncated, is under 8 pixels, or
+             holds negative, infinite or NaN values and there is no window.
     """
     check_size(size)
-    image = _rgb(_load(Path(path))).resize((size, size), Image.Resampling.BILINEAR)
+    loaded = _load(Path(path))
+    try:
+        image = _rgb(loaded, window=window).resize((size, size), Image.Resampling.BILINEAR)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -110,7 +156,7 @@ def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -
     check_size(size)
     mask = _load(Path(path))
     if image is not None:
-        with Image.open(image) as other:  # the header only
+        with open_regular(image) as file, Image.open(file) as other:  # the header only
             turned = other.getexif().get(0x0112, 1) >= 5  # EXIF orientation: width is height
             shape = other.size[::-1] if turned else other.size
         if mask.size != shape:
@@ -127,11 +173,31 @@ def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -
     return np.asarray(small).astype(bool)
 
 
+LEFT_OUT_SHOWN = 20  # lines on the screen
+
+
+def _tell(unreadable: dict[int, str], left_out: list[str] | None) -> None:
+    """Say what --skip-bad leaves out, and hand it on."""
+    reasons = list(unreadable.values())
+    for reason in reasons[:LEFT_OUT_SHOWN]:
+        say(f"left out: {' '.join(reason.split())[:300]}")
+    if len(reasons) > LEFT_OUT_SHOWN:
+        say(f"and {len(reasons) - LEFT_OUT_SHOWN} more; the results.md of a run names all of them")
+    if left_out is not None:
+        left_out += reasons
+
+
 # --- data sets -----------------------------------------------------------------------------------
 
 
 def decode(
-    paths: Sequence[Path], size: int, cache_dir: str | Path, *, skip_bad: bool = False
+    paths: Sequence[Path],
+    size: int,
+    cache_dir: str | Path,
+    *,
+    skip_bad: bool = False,
+    window: Window | None = None,
+    left_out: list[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decode images once into a memory-map, so that an epoch reads memory and not JPEGs.
 
@@ -141,6 +207,8 @@ def decode(
     paths:    N images.
     size:     S, pixels a side.
     skip_bad: leave unreadable files out instead of raising.
+    window:   as in `read_image`.
+    left_out: receives a line for each of them.
     returns:  uint8 memory-map (K, 3, S, S), read-only, and the int64 (K,) indices into paths
               that it holds; K = N unless files were skipped.
     raises:   ValueError, naming every unreadable file, unless skip_bad and some are readable.
@@ -148,9 +216,9 @@ def decode(
     check_size(size)
 
     def read(files: Files) -> np.ndarray:
-        return read_image(files[0], size)
+        return read_image(files[0], size, *([window] if window else []))
 
-    images, unreadable = _cached(
+    images, unreadable = cached(
         [(path,) for path in paths],
         read,
         (3, size, size),
@@ -158,12 +226,19 @@ def decode(
         label="decoding images",
         skip_bad=skip_bad,
         zeros_for_unreadable=False,
+        key=window,
     )
+    _tell(unreadable, left_out)
     return images, np.array([i for i in range(len(paths)) if i not in unreadable], dtype=np.int64)
 
 
 def decode_masks(
-    samples: Sequence[Sample], size: int, cache_dir: str | Path, *, skip_bad: bool = False
+    samples: Sequence[Sample],
+    size: int,
+    cache_dir: str | Path,
+    *,
+    skip_bad: bool = False,
+    left_out: list[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decode the masks of N test images; a normal image has an empty mask, which is known.
 
@@ -179,7 +254,7 @@ def decode_masks(
         mask, image = files
         return read_mask(mask, size, image=image).astype(np.uint8)
 
-    masks, unreadable = _cached(
+    masks, unreadable = cached(
         [(sample.mask, sample.path) if sample.mask else () for sample in samples],
         read,
         (size, size),
@@ -188,6 +263,7 @@ def decode_masks(
         skip_bad=skip_bad,
         zeros_for_unreadable=True,
     )
+    _tell(unreadable, left_out)
     known = [
         (sample.label == 0 or sample.mask is not None) and i not in unreadable
         for i, sample in enumerate(samples)
@@ -196,7 +272,13 @@ def decode_masks(
 
 
 def decode_test(
-    dataset: Dataset, size: int, cache_dir: str | Path, *, skip_bad: bool = False
+    dataset: Dataset,
+    size: int,
+    cache_dir: str | Path,
+    *,
+    skip_bad: bool = False,
+    window: Window | None = None,
+    left_out: list[str] | None = None,
 ) -> tuple[Dataset, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Decode the test images and their masks, one row for each sample.
 
@@ -206,125 +288,12 @@ def decode_test(
     raises:   ValueError as `decode` and `decode_masks`, or if only one class is left.
     """
     paths = [sample.path for sample in dataset.test]
-    images, kept = decode(paths, size, cache_dir, skip_bad=skip_bad)
+    images, kept = decode(
+        paths, size, cache_dir, skip_bad=skip_bad, window=window, left_out=left_out
+    )
     dataset = dataclasses.replace(dataset, test=tuple(dataset.test[i] for i in kept))
     dataset.check_test()
     if not dataset.has_masks:
         return dataset, images, None, None
-    return dataset, images, *decode_masks(dataset.test, size, cache_dir, skip_bad=skip_bad)
-
-
-# --- the cache: rows in a raw file, and a JSON file beside it once they are all there -------------
-
-
-def _cached(
-    rows: Sequence[Files],
-    read: Callable[[Files], np.ndarray],
-    shape: tuple[int, ...],
-    folder: Path,
-    *,
-    label: str,
-    skip_bad: bool,
-    zeros_for_unreadable: bool,
-) -> tuple[np.ndarray, dict[int, str]]:
-    """read(files) of every row, from the cache if they are there.
-
-    shape:   of a row.
-    zeros_for_unreadable: such a row is zeros, instead of being left out.
-    returns: uint8 memory-map (K, *shape), and the reason for each unreadable row.
-    raises:  ValueError naming every unreadable file, unless skip_bad and some are readable.
-    """
-    if not rows:
-        return np.empty((0, *shape), np.uint8), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    stamps = [[_stamp(path) for path in files] for files in rows]
-    content = json.dumps([CACHE_VERSION, shape, zeros_for_unreadable, stamps])
-    name = hashlib.sha256(content.encode()).hexdigest()[:24]
-    data, marker = folder / f"{name}.u8", folder / f"{name}.json"
-    size = math.prod(shape)  # bytes of a row
-    substitute = bytes(size) if zeros_for_unreadable else b""
-    try:
-        saved = json.loads(marker.read_text(encoding="utf-8"))
-        unreadable = {int(row): reason for row, reason in saved.items()}
-        missing = 0 if zeros_for_unreadable else len(unreadable)
-        complete = data.stat().st_size == size * (len(rows) - missing)
-    except (OSError, ValueError):  # not there, or cut short
-        unreadable, complete = {}, False
-    if not complete or (unreadable and not skip_bad):
-        marker.unlink(missing_ok=True)
-        unreadable = _write(rows, read, substitute, data, label=label, skip_bad=skip_bad)
-        marker.write_text(json.dumps(unreadable), encoding="utf-8")
-    return np.memmap(data, np.uint8, "r").reshape(-1, *shape), unreadable
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    """What changes when a file does: its path, size and time."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return os.path.abspath(path), -1, 0  # reported when it is read
-    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
-
-
-def _write(
-    rows: Sequence[Files],
-    read: Callable[[Files], np.ndarray],
-    substitute: bytes,
-    target: Path,
-    *,
-    label: str,
-    skip_bad: bool,
-) -> dict[int, str]:
-    """Write read(files) of every row to a partial file, then rename it to `target`.
-
-    substitute: what is written for a row that is unreadable.
-    returns:    the reason for each unreadable row.
-    """
-    _remove_abandoned(target.parent)
-    part = target.with_name(f"{target.name}.part-{os.getpid()}")
-    unreadable: dict[int, str] = {}
-    try:
-        # Plain writes: a full disk is then an OSError, where a memory-map would be a bus error.
-        with open(part, "wb") as file:
-            for i, row in enumerate(progress(_read_all(rows, read), len(rows), label)):
-                if isinstance(row, str):
-                    unreadable[i] = row
-                file.write(substitute if isinstance(row, str) else row.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        if unreadable and (not skip_bad or len(unreadable) == len(rows)):
-            hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
-            reasons = "; ".join(unreadable.values())
-            raise ValueError(
-                f"{len(unreadable)} of {len(rows)} files cannot be used: {reasons}{hint}"
-            )
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return unreadable
-
-
-def _read_all(
-    rows: Sequence[Files], read: Callable[[Files], np.ndarray]
-) -> Iterator[np.ndarray | str]:
-    """read(files) of every row in order, or the reason why that failed; in several threads."""
-
-    def attempt(files: Files) -> np.ndarray | str:
-        try:
-            return read(files)
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # pillow decodes outside Python's lock
-    try:
-        for start in range(0, len(rows), 32):  # no more rows than that are held in memory
-            yield from pool.map(attempt, rows[start : start + 32])
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove partial files that a killed run has left: nobody has written to them for a minute."""
-    for part in folder.glob("*.part-*"):
-        if time.time() - part.stat().st_mtime > 60:
-            part.unlink(missing_ok=True)
+    masks, known = decode_masks(dataset.test, size, cache_dir, skip_bad=skip_bad, left_out=left_out)
+    return dataset, images, masks, known

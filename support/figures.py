@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from support.layouts import EXTENSIONS, Sample
-from support.run import write_file
+from support.layouts import EXTENSIONS, Sample, walk
+from support.run import printable, write_file
 
 Array = NDArray[Any]
 
@@ -212,7 +212,7 @@ def png(image: Image.Image, source: str = "") -> bytes:
     """The PNG file of an image, marked as ours and with the file that it shows."""
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     info.add_text("Software", "pmsacl")
-    info.add_text("Source", source)
+    info.add_text("Source", printable(source))
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
@@ -248,7 +248,7 @@ def heatmap_files(paths: Sequence[Path]) -> dict[Path, Path]:
     for file, stem in zip(files, stems, strict=True):
         name = file.stem if stems.count(stem) == 1 else file.name
         targets[file] = target = file.with_name(f"{name}.heatmap.png")
-        if target.exists() and source_of(target) != file.name:
+        if target.exists() and source_of(target) != printable(file.name):
             raise ValueError(f"{target}: exists and is no heat map of {file.name}; move it away")
     return targets
 
@@ -259,7 +259,8 @@ def _image_files(path: Path) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"{path}: no such file or folder")
         return [path]
-    files = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".")]
+    files = sorted(parent / name for parent, _, names in walk(path) for name in names)
+    files = [file for file in files if not file.name.startswith(".")]
     images = [f for f in files if f.suffix.lower() in EXTENSIONS and not source_of(f)]
     if not images:
         raise ValueError(f"{path}: no images in this folder")

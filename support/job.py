@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -28,19 +28,22 @@ from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
 from igd import IGD
 from pmsacl import pretrain, strong_set
-from support import data, layouts, phantom
+from support import checks, data, layouts, phantom
+from support.claim import claimed
+from support.depth import window_of_set
+from support.dryrun import dry_run, tell_how_long
 from support.figures import image_grid, png
 from support.options import Config, parse, resolve
-from support.progress import progress, say
+from support.progress import complain, progress, say, show
+from support.readers import read_config
 from support.report import write_report
 from support.run import (
     first_process_first,
-    from_first_process,
     join_processes,
+    lack,
     make_folder,
     ranks,
-    read_json,
-    replacing,
+    read_text,
     save_atomically,
     write_file,
 )
@@ -58,6 +61,7 @@ class Images:
     test: np.ndarray | None  # (M, 3, S, S) uint8, one for each of dataset.test
     masks: np.ndarray | None  # (M, S, S)
     known: np.ndarray | None  # (M,) bool
+    notes: tuple[str, ...] = ()  # on the data, for results.md
 
 
 def prepare(config: Config, folder: Path) -> Images:
@@ -71,18 +75,26 @@ def prepare(config: Config, folder: Path) -> Images:
         phantom.draw(root, size=config.image_size)
     dataset = layouts.discover(root, seed=config.seed)
     dataset.check_test()  # before anything of a user's data is written
+    notes = checks.at_the_start(config, folder, dataset)
     make_folder(folder)
-    size, cache, skip = config.image_size, folder / "cache", config.skip_bad
-    train_images, kept = data.decode(dataset.train, size, cache, skip_bad=skip)
+    saved = read_config(folder)
+    left_out: list[str] = []
+    window = window_of_set(dataset.images, config.window, saved)
+    size, cache = config.image_size, folder / "cache"
+    how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": left_out}
+    train_images, kept = data.decode(dataset.train, size, cache, **how)
     dataset = dataclasses.replace(dataset, train=tuple(dataset.train[i] for i in kept))
     test = masks = known = None
     if dataset.test:
-        dataset, test, masks, known = data.decode_test(dataset, size, cache, skip_bad=skip)
-    saved = read_json(folder / "config.json")
+        dataset, test, masks, known = data.decode_test(dataset, size, cache, **how)
+    notes += checks.check_masks(dataset.test, masks, known)
+    notes += [f"left out: {reason}" for reason in left_out]
+    checks.check_threads(saved)
     if saved.get("data") != config.data:  # a new run, or images that have moved
         content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
+        content |= {"values_shown": window}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
-    return Images(dataset, train_images, test, masks, known)
+    return Images(dataset, train_images, test, masks, known, tuple(notes))
 
 
 def versions() -> dict[str, str]:
@@ -108,6 +120,7 @@ def main_job(config: Config, folder: Path) -> None:
         images = prepare(config, folder)
     say(plan(config, images, folder))
     warn_of_near_duplicates(images)
+    tell_how_long(config, len(images.train))
 
     began = time.monotonic()
     encoder, init = pretrain(images.train, config, folder)
@@ -122,7 +135,7 @@ def main_job(config: Config, folder: Path) -> None:
     fakes = watch_fake_lesions(encoder, images, config)
     detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
-    extra |= {"fake_lesions": fakes}
+    extra |= {"fake_lesions": fakes, "data_notes": list(images.notes)}
     if images.test is None:
         write_results(folder, extra)
         write_report(folder, images.dataset, extra)
@@ -140,7 +153,7 @@ def main_job(config: Config, folder: Path) -> None:
         baselines=trivial_scores(images.train, images.test, images.dataset.test),
         extra=extra,
     )
-    print((folder / "results.md").read_text(), end="")
+    show(read_text(folder / "results.md"))
     say(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
 
 
@@ -208,8 +221,9 @@ def fit_padim(backbone: ResNet18, images: np.ndarray, config: Config) -> PaDiM:
 
 
 def save_detector(detector: Any, path: Path) -> None:
-    with replacing(path) as partial:
-        detector.save(partial)
+    content = io.BytesIO()  # as in save_atomically
+    detector.save(content)
+    write_file(path, content.getbuffer())
 
 
 def fit_igd(
@@ -306,23 +320,24 @@ def draw_reconstructions(igd: IGD, images: Images, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, 2 for a mistake of the user's (one line), 130 when interrupted."""
-    folder, existed = None, True
+    folder = None
     try:
         options, resume = parse(argv)
         join_processes()
-        config, folder = from_first_process(functools.partial(resolve, options, resume))
-        existed = folder.exists()
-        main_job(config, folder)
+        if options.pop("dry_run", False):
+            dry_run(*resolve(options, resume))
+            return 0
+        choose = functools.partial(resolve, options, resume)
+        resumed, named = resume is not None, "out" in options
+        with claimed(choose, resumed=resumed, named=named) as (config, folder):
+            main_job(config, folder)
     except (ValueError, OSError, FloatingPointError) as error:
-        if folder and not existed and not (folder / "checkpoint.pt").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # nothing in it is worth keeping
-        print("pmsacl.py:", str(error).replace("\n", " "), file=sys.stderr)
-        return 2
+        return complain("pmsacl.py", error)
+    except (MemoryError, RuntimeError) as error:
+        return complain("pmsacl.py", lack(error))
     except KeyboardInterrupt:
         begun = folder and (folder / "config.json").exists()
-        if folder and not begun and not existed:
-            shutil.rmtree(folder, ignore_errors=True)
         go_on = f"; go on with  python pmsacl.py --resume {folder}" if begun else ""
-        print(f"\ninterrupted{go_on}", file=sys.stderr)
+        say(f"\ninterrupted{go_on}")
         return 130
     return 0

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from support.progress import say
+
 EXTENSIONS = set(".png .jpg .jpeg .jpe .jfif .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
 NORMAL = {"good", "normal", "normal_test", "healthy"}
+NORMAL_NAMES = f"normal images lie in a folder called {', '.join(sorted(NORMAL))}"
 MASKS = {"ground_truth", "anomaly_mask", "mask", "masks", "label", "annotation", "annotations"}
 HYPERKVASIR_NORMAL = ("bbps-2-3", "cecum", "ileum")  # [P:§4.1]
 HYPERKVASIR_DRAW = (1600, 500, 1000)  # train, test normal, test abnormal        [P:§4.1]
@@ -24,6 +30,14 @@ LOOKED_FOR = (
     "cecum/, ileum/, bbps-2-3/ and segmented images/ and masks/ (HyperKvasir as shipped); "
     "or images directly in the folder"
 )
+MOST_FOLDERS = 20_000  # of a data set; more are somebody's whole disk
+CONVERT = {  # what is no picture yet -> how to make one
+    "DICOM": ({".dcm", ".dicom", ".ima"}, "pydicom's pixel_array, or dcm2img of DCMTK"),
+    "NIfTI": ({".nii"}, "nibabel's get_fdata, slice by slice"),
+    "volume": ({".mha", ".mhd", ".nrrd"}, "SimpleITK's GetArrayFromImage, slice by slice"),
+    "NumPy": ({".npy", ".npz"}, "PIL.Image.fromarray(...).save"),
+    "HEIC": ({".heic", ".heif"}, "any photo program"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,22 +60,30 @@ class Dataset:
     test: tuple[Sample, ...]
 
     @property
+    def images(self) -> list[Path]:
+        """Training and test images."""
+        return [*self.train, *(sample.path for sample in self.test)]
+
+    @property
     def has_masks(self) -> bool:
         """Whether any abnormal test image has a mask: pixel measures need one."""
         return any(s.mask is not None for s in self.test)
 
     def check_test(self, count: int | None = None) -> None:
-        """raises: ValueError if the test images, where there are any, are all of one class.
+        """raises: ValueError if the test images, where there are any, are not two of each class.
 
         count: the number of decoded images, one for each sample.
         """
         if count not in (None, len(self.test)):
             raise ValueError(f"{count} images for {len(self.test)} test samples")
         abnormal = sum(s.label for s in self.test)
-        if self.test and abnormal in (0, len(self.test)):
+        normal = len(self.test) - abnormal
+        if self.test and min(normal, abnormal) < 2:
+            kinds = ", ".join(f"{k}/" for k in dict.fromkeys(s.kind for s in self.test))
             raise ValueError(
-                f"{self.root}: the test split holds {len(self.test) - abnormal} normal and "
-                f"{abnormal} abnormal images; the measures need both classes"
+                f"{self.root}: the test split holds {normal} normal and {abnormal} abnormal "
+                "images; the measures need both classes, two images of each or more. Found "
+                f"{kinds[:200]}; {NORMAL_NAMES}, all others abnormal ones"
             )
 
 
@@ -87,27 +109,106 @@ def discover(root: str | Path, *, seed: int = 0) -> Dataset:
             break
     else:
         inside = ", ".join(f"{name}/" for name in sorted(_folders(root))[:8]) or "no images"
-        raise ValueError(f"{root}: found {inside} but no data set. Looked for {LOOKED_FOR}")
+        found = f"{root}: found {inside} but no data set. {how_to_convert(root)}"
+        raise ValueError(f"{found}Looked for {LOOKED_FOR}")
     if not dataset.train:
-        raise ValueError(f"{root}: recognised as {dataset.layout}, but it has no training images")
+        raise ValueError(
+            f"{root}: recognised as {dataset.layout}, but it has no training images. "
+            f"{how_to_convert(root)}In train/, {NORMAL_NAMES}"
+        )
     return dataset
 
 
-def _visible(name: str) -> bool:
+def how_to_convert(root: Path) -> str:
+    """A sentence for the files below a folder that hold images of a kind that is not read."""
+    sentences = []
+    endings = [name for _, _, files in walk(root) for name in files if visible(name)]
+    for kind, (of_kind, how) in CONVERT.items():
+        count = sum(_ending(name) in of_kind for name in endings)
+        if count:
+            sentences.append(
+                f"{count} {kind} files are not read: write PNG files first, by {how}. "
+            )
+    return "".join(sentences)
+
+
+def other_kind(path: Path) -> str:
+    """What to say of a file that pillow does not know, if its ending says what it is."""
+    for kind, (of_kind, how) in CONVERT.items():
+        if _ending(path.name) in of_kind:
+            return f" but {kind}: write a PNG file first, by {how}"
+    return ""
+
+
+def _ending(name: str) -> str:
+    """ ".nii" of a.nii.gz, too."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def walk(
+    root: Path, failed: Callable[[OSError], None] | None = None, *, most: int = MOST_FOLDERS
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """os.walk in order of names through links, into each real folder once, and never up again.
+
+    failed: receives the error of each folder that cannot be read.
+    raises: ValueError if there are more than `most` folders.
+    """
+    above = [parent.stat() for parent in Path(root).resolve().parents]
+    seen = {(place.st_dev, place.st_ino) for place in above}
+    most += len(seen)
+    began, told = time.monotonic(), False
+    for parent, folders, files in os.walk(root, onerror=failed, followlinks=True):
+        try:
+            place = os.stat(parent)
+        except OSError:
+            folders.clear()
+            continue
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        if len(seen) > most:
+            raise ValueError(f"{root}: more than {most:,} folders; name the data set's own folder")
+        if not told and time.monotonic() - began > 2:
+            say(f"looking through the folders below {root}")
+            told = True
+        folders.sort()
+        yield Path(parent), folders, files
+
+
+def visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
 def _folders(folder: Path) -> dict[str, Path]:
-    """The visible subfolders, by lower-case name."""
-    return {p.name.lower(): p for p in sorted(folder.iterdir()) if _visible(p.name) and p.is_dir()}
+    """The visible subfolders, by lower-case name; none of a folder that cannot be read."""
+    try:
+        entries = sorted(folder.iterdir())
+    except PermissionError:
+        return {}
+    return {_key(p.name): p for p in entries if visible(p.name) and p.is_dir()}
+
+
+def _key(name: str) -> str:
+    """A name as it is compared: macOS stores accents apart from their letters, others do not."""
+    return _composed(name).lower()
+
+
+def stem(path: Path) -> str:
+    """What an image and its mask share."""
+    return _composed(path.stem)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _images(folder: Path, *, deep: bool = False) -> list[Path]:
     """Image files by their endings, sorted; deep: also in subfolders, but not in those of masks."""
     paths: list[Path] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        paths += [Path(parent, name) for name in files if _visible(name)]
-        folders[:] = [f for f in folders if deep and _visible(f) and f.lower() not in MASKS]
+    for parent, folders, files in walk(folder):
+        paths += [parent / name for name in files if visible(name)]
+        folders[:] = [f for f in folders if deep and visible(f) and f.lower() not in MASKS]
     return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS)
 
 
@@ -115,10 +216,10 @@ def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     """Masks by their image's stem: `000.png` and `000_mask.png` are both masks of `000.*`."""
     masks: dict[str, Path] = {}
     for path in paths:
-        stem = path.stem[:-5] if path.stem.lower().endswith("_mask") else path.stem
-        if stem in masks:
-            raise ValueError(f"two masks for one image: {masks[stem]} and {path}; keep one")
-        masks[stem] = path
+        of = stem(path)[:-5] if stem(path).lower().endswith("_mask") else stem(path)
+        if of in masks:
+            raise ValueError(f"two masks for one image: {masks[of]} and {path}; keep one")
+        masks[of] = path
     return masks
 
 
@@ -152,10 +253,10 @@ def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Samp
         label = int(kind.lower() not in NORMAL)
         inside = _folders(test / kind) if (test / kind).is_dir() else {}
         folders = [f for name, f in inside.items() if name in MASKS]
-        folders += [f for h in holders for name, f in _folders(h).items() if name == kind.lower()]
+        folders += [f for h in holders for name, f in _folders(h).items() if name == _key(kind)]
         of_kind = _by_stem(p for f in folders for p in _images(f, deep=True)) if label else {}
         for path in paths:
-            mask = of_kind.get(path.stem) or shared.get(path.stem)
+            mask = of_kind.get(stem(path)) or shared.get(stem(path))
             if mask:
                 used.add(mask)
             if mask and label:
@@ -166,7 +267,7 @@ def _samples(root: Path, test: Path, kinds: dict[str, list[Path]]) -> tuple[Samp
                 image_of[mask] = path
             samples.append(Sample(path, label, kind, mask if label else None))
         _refuse_orphans(of_kind.values(), used)
-    known = NORMAL | {kind.lower() for kind in kinds}
+    known = NORMAL | {_key(kind) for kind in kinds}
     strays = [f for h in holders for name, f in _folders(h).items() if name not in known]
     _refuse_orphans([*shared.values(), *(p for f in strays for p in _images(f))], used)
     return tuple(samples)
@@ -204,13 +305,15 @@ def _medianomaly(root: Path, _seed: int) -> Dataset | None:
     if not (listing.is_file() and folder.is_dir()):
         return None
     try:
-        lists = json.loads(listing.read_text(encoding="utf-8"))
-        train = [folder / name for name in lists["train"]["0"]]
+        lists = json.loads(listing.read_bytes())
+        train = _listed(lists["train"]["0"], folder)
         kinds = {
-            kind: [folder / name for name in lists["test"].get(key, [])]
+            kind: _listed(lists["test"].get(key, []), folder)
             for key, kind in (("0", "normal"), ("1", "abnormal"))
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if lists["test"].keys() - {"0", "1"}:
+            raise ValueError("a third class")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f'{listing}: expected {{"train": {{"0": [...]}}, "test": {{"0": [...], "1": [...]}}}}'
         ) from error
@@ -220,19 +323,30 @@ def _medianomaly(root: Path, _seed: int) -> Dataset | None:
     return Dataset("MedIAnomaly", root, tuple(train), _samples(root, root, kinds))
 
 
+def _listed(names: Any, folder: Path) -> list[Path]:
+    """The files of a list of names, however their accents are written there and on the disk."""
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip("/\0") for n in names):
+        raise TypeError("no list of names")
+    paths = [folder / name.replace("\0", "?") for name in names]
+    if all(path.is_file() for path in paths):
+        return paths
+    there = {_composed(str(path)): path for path in _images(folder, deep=True)}
+    return [path if path.is_file() else there.get(_composed(str(path)), path) for path in paths]
+
+
 def _hyperkvasir(root: Path, seed: int) -> Dataset | None:
     """labeled-images/…/{cecum,ileum,bbps-2-3} and segmented-images/{images,masks}.   [P:§4.1]
 
     The paper's subset is unpublished, so 1,600 / 500 normal and 1,000 abnormal images are drawn.
     """
-    walk = [Path(parent) for parent, _, _ in os.walk(root, followlinks=True)]
-    normal = [p for f in walk if f.name in HYPERKVASIR_NORMAL for p in _images(f)]
-    segmented = [f for f in walk if f.name == "images" and (f.parent / "masks").is_dir()]
+    folders = [parent for parent, _, _ in walk(root)]
+    normal = [p for f in folders if f.name in HYPERKVASIR_NORMAL for p in _images(f)]
+    segmented = [f for f in folders if f.name == "images" and (f.parent / "masks").is_dir()]
     if not normal or not segmented:
         return None
     masks = _by_stem(p for f in segmented for p in _images(f.parent / "masks"))
     abnormal = [p for f in segmented for p in _images(f)]
-    _refuse_orphans(masks.values(), {masks[p.stem] for p in abnormal if p.stem in masks})
+    _refuse_orphans(masks.values(), {masks[stem(p)] for p in abnormal if stem(p) in masks})
     train, good, lesions = HYPERKVASIR_DRAW
     if len(normal) < train + good or len(abnormal) < lesions:
         raise ValueError(
@@ -243,7 +357,7 @@ def _hyperkvasir(root: Path, seed: int) -> Dataset | None:
     drawn = [normal[i] for i in rng.permutation(len(normal))[: train + good]]
     polyps = [abnormal[i] for i in sorted(rng.permutation(len(abnormal))[:lesions])]
     test = [Sample(path, 0, path.parent.name) for path in sorted(drawn[train:])]
-    test += [Sample(path, 1, "polyp", masks.get(path.stem)) for path in polyps]
+    test += [Sample(path, 1, "polyp", masks.get(stem(path))) for path in polyps]
     return Dataset("HyperKvasir", root, tuple(sorted(drawn[:train])), tuple(test))
 
 

@@ -15,8 +15,14 @@ from typing import Any
 from baselines.pretraining import METHODS
 from baselines.strong import STRONG, TILES
 from igd import IGD
-from support.run import Parser, pick_device, read_json
+from support.checks import check_places
+from support.depth import parse_window
+from support.readers import read_config
+from support.run import Parser, pick_device
 
+NOT_BEGUN = {"cache", "phantom", "run.lock"}  # in a folder without a run
+RATE = 1e3  # the highest learning rate: float32 has no room for 1e300
+SCALE = 1e3  # the largest factor of eq. 5's numerator
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order
 CENTRED = {"ctr", "pmsacl"}  # the terms that need the centres of eq. 2
 
@@ -66,23 +72,29 @@ class Config:
     data: str = _option("", "folder of images (default: phantom images are drawn)")
     out: str = _option("", "run folder (default: the next free runs/NAME)")
     preset: str = _option("", "default: paper with --data, else quick", ["", *PRESETS])
-    image_size: int = _option(256, "pixels a side, a multiple of 32", least=32)  # [P:§4.2]
+    image_size: int = _option(
+        256, "pixels a side, a multiple of 32", least=32, most=4096
+    )  # [P:§4.2]
     skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
+    allow_duplicates: bool = _option(False, "go on if an image is in two sets or listed twice")
+    window: str = _option("", "LOW,HIGH: black and white in files of more than 8 bits (CT: needed)")
     # pre-training: the loss
     method: str = _option("pmsacl", "the pre-training", METHODS)  # [P:Tab.9]
     terms: str = _option("ctr,pmsacl,aug", "of eq. 1, comma-separated")  # [P!(1) R13]
     local_terms: str = _option("ctr,pmsacl,aug,pos", "the same, for 32 px patches")  # [P!(9) R13]
-    classes: int = _option(4, "|A|: 0 to |A| - 1 lesions", least=1)  # [P!§3.1 R1]
-    tau: float = _option(0.2, "temperature", above=0)  # [P!(7) R3]
-    alpha: float = _option(2.0, "weakens the repulsion within a class", above=0)  # [P!(7) R3]
+    classes: int = _option(4, "|A|: 0 to |A| - 1 lesions", least=1, most=1024)  # [P!§3.1 R1]
+    tau: float = _option(0.2, "temperature", least=1e-3, most=1e3)  # [P!(7) R3]
+    alpha: float = _option(
+        2.0, "weakens the repulsion within a class", least=1e-3, most=1e3
+    )  # [P!(7) R3]
     positive_scale: str = _option("kappa", "kappa, tau or a number")  # [P!(5) R2]
     features: str = _option("unit", "z on the unit sphere, or raw", ["unit", "raw"])  # [P!(3) R20]
-    centre_weight: float = _option(1.0, "factor of l_ctr", least=0)  # [P!(1) R20]
+    centre_weight: float = _option(1.0, "factor of l_ctr", least=0, most=1e6)  # [P!(1) R20]
     centres: str = _option(  # [P:Tab.10]
         "untrained", "of the classes", ["untrained", "random", "equidistant", "re-estimated"]
     )
     warmup_epochs: int = _option(
-        0, "before the centres and what needs them", least=0
+        0, "before the centres and what needs them", least=0, most=10**6
     )  # [P!(2) R20]
     aug_head: str = _option(
         "backbone", "what f_beta sees", ["backbone", "projection"]
@@ -94,32 +106,46 @@ class Config:
     crop_area: float = _option(  # [P!§4.2 R16]
         0.0, "smallest crop, a share of the image; 0: that of --weak", least=0, most=1
     )
-    jitter: float = _option(1.0, "factor of the colour jitter", least=0)  # [P!§4.2 R16]
+    jitter: float = _option(1.0, "factor of the colour jitter", least=0, most=10)  # [P!§4.2 R16]
     # pre-training: the optimiser
     init: str = _option("auto", "start weights: auto, imagenet, random or a FILE")  # [P!§4.2 R14]
-    epochs: int = _option(2000, "passes over the images", least=1)  # [P!§4.2 R15]
-    batch_size: int = _option(32, "images; views are 2 |A| times as many", least=2)  # [P:§4.2]
-    lr: float = _option(0.01, "learning rate at the start", above=0)  # [P:§4.2]
-    lr_end: float = _option(1e-5, "at the end of the cosine", above=0)  # [P!§4.2 R15]
-    local_lr: float = _option(0.1, "at the start, for 32 px patches", above=0)  # [P!§4.2 R15]
-    momentum: float = _option(0.9, "of SGD", least=0)  # [P!§4.2 R15]
-    weight_decay: float = _option(3e-4, "of SGD", least=0)  # [P!§4.2 R15]
+    epochs: int = _option(2000, "passes over the images", least=1, most=10**6)  # [P!§4.2 R15]
+    batch_size: int = _option(
+        32, "images; views are 2 |A| times as many", least=2, most=2**16
+    )  # [P:§4.2]
+    lr: float = _option(0.01, "learning rate at the start", above=0, most=RATE)  # [P:§4.2]
+    lr_end: float = _option(1e-5, "at the end of the cosine", above=0, most=RATE)  # [P!§4.2 R15]
+    local_lr: float = _option(
+        0.1, "at the start, for 32 px patches", above=0, most=RATE
+    )  # [P!§4.2 R15]
+    momentum: float = _option(0.9, "of SGD", least=0, most=0.9999)  # [P!§4.2 R15]
+    weight_decay: float = _option(3e-4, "of SGD", least=0, most=1)  # [P!§4.2 R15]
     # detectors
     detector: str = _option("padim", "what scores the images", ["padim", "igd", "both"])
     local: str = _option("auto", "IGD's local model; auto: above 64 px", ["auto", "yes", "no"])
-    igd_epochs: int = _option(IGD.epochs, "of IGD's global model", least=1)  # [P!§4.2 R21]
-    igd_local_epochs: int = _option(IGD.local_epochs, "of its local model", least=1)
-    igd_batch_size: int = _option(IGD.batch_size, "images in a step of the global model", least=2)
-    igd_patches: int = _option(IGD.patches, "patches in a step of the local model", least=2)
-    igd_lr: float = _option(IGD.lr, "of IGD's Adam, at the start", above=0)
-    igd_encoder_lr: float = _option(IGD.encoder_lr, "of the pre-trained encoders in it", above=0)
+    igd_epochs: int = _option(
+        IGD.epochs, "of IGD's global model", least=1, most=10**6
+    )  # [P!§4.2 R21]
+    igd_local_epochs: int = _option(IGD.local_epochs, "of its local model", least=1, most=10**6)
+    igd_batch_size: int = _option(
+        IGD.batch_size, "images in a step of the global model", least=2, most=2**16
+    )
+    igd_patches: int = _option(
+        IGD.patches, "patches in a step of the local model", least=2, most=10**6
+    )
+    igd_lr: float = _option(IGD.lr, "of IGD's Adam, at the start", above=0, most=RATE)
+    igd_encoder_lr: float = _option(
+        IGD.encoder_lr, "of the pre-trained encoders in it", above=0, most=RATE
+    )
     igd_warmup: float = _option(
         IGD.warmup, "share of --igd-epochs before eq. 12 joins", least=0, most=1
     )
-    igd_width: int = _option(IGD.width, "channels of its decoder and critic at full size", least=1)
+    igd_width: int = _option(
+        IGD.width, "channels of its decoder and critic at full size", least=1, most=1024
+    )
     paper_protocol: bool = _option(False, "keep validation images in the test")  # [P!§4.3 R8]
     # the machine
-    seed: int = _option(0, "of every random draw", least=0)
+    seed: int = _option(0, "of every random draw", least=0, most=2**64 - 1)
     device: str = _option("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:
@@ -129,6 +155,7 @@ class Config:
         _check_method(self)
         positive_scale(self)  # a word or a number
         lesion_area(self)  # two numbers
+        parse_window(self.window)  # two numbers, or none
 
     def names_of_terms(self, local: bool) -> tuple[str, ...]:
         """Of eq. 1, for the encoder of images or for that of patches."""
@@ -152,12 +179,21 @@ def _check_value(config: Config, field: dataclasses.Field) -> None:
         raise _bad(config, field.name, f"one of {', '.join(filter(None, checks['choices']))}")
     if isinstance(value, str):
         return
-    if not (math.isfinite(value) and value > checks["above"]):
-        raise _bad(config, field.name, f"above {checks['above']:g}")
-    if not checks["least"] <= value <= checks["most"]:
-        upper = f"{checks['least']:g} or above"
-        both = f"from {checks['least']:g} to {checks['most']:g}"
-        raise _bad(config, field.name, upper if checks["most"] == math.inf else both)
+    above, least, most = checks["above"], checks["least"], checks["most"]
+    if value > above and least <= value <= most:  # false for NaN
+        return
+    lower = f"above {above:g}" if above > -math.inf else f"{_text(least)} or above"
+    both = (
+        f"{lower}, {_text(most)} at most"
+        if above > -math.inf
+        else (f"from {_text(least)} to {_text(most)}")
+    )
+    raise _bad(config, field.name, lower if most == math.inf else both)
+
+
+def _text(bound: float) -> str:
+    """Integers in full, other numbers as one writes them."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _check_together(config: Config) -> None:
@@ -194,7 +230,10 @@ def _check_method(config: Config) -> None:
 
 def _bad(config: Config, name: str, wanted: str) -> ValueError:
     option = "--" + name.replace("_", "-")
-    return ValueError(f"{option} must be {wanted}, got {getattr(config, name)!r}")
+    got = repr(getattr(config, name))
+    return ValueError(
+        f"{option} must be {wanted}, got {got if len(got) < 80 else got[:77] + '...'}"
+    )
 
 
 def positive_scale(config: Config) -> str | float:
@@ -205,8 +244,8 @@ def positive_scale(config: Config) -> str | float:
         number = float(config.positive_scale)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise _bad(config, "positive_scale", "kappa, tau or a number")
+    if not abs(number) <= SCALE:
+        raise _bad(config, "positive_scale", f"kappa, tau or a number up to {SCALE:g}")
     return number
 
 
@@ -224,7 +263,7 @@ def lesion_area(config: Config) -> tuple[float, float]:
         low, high = map(float, config.lesion_area.split(","))
     except ValueError:
         low = high = 0.0
-    if not 0 < low <= high <= 1:
+    if not 1e-6 <= low <= high <= 1:
         raise _bad(config, "lesion_area", "two numbers, 0 < least <= most <= 1, as in 0.005,0.08")
     return low, high
 
@@ -242,9 +281,15 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         _add_option(group, field)
     parser.add_argument("--as-printed", action="store_true", help=f"as the paper: {AS_PRINTED}")
     parser.add_argument(
+        "--dry-run", action="store_true", default=None, help="print the plan, write nothing"
+    )
+    parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="go on with this run (default: --out)"
     )
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for name in ("data", "out"):
+        if options.get(name) == "":  # of a shell's variable that is not set
+            parser.error(f"argument --{name}: is empty")
     if options.get("data"):
         options["data"] = str(Path(options["data"]).resolve())  # a run may go on from elsewhere
     if options.pop("as_printed"):
@@ -274,16 +319,20 @@ def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     """
     newest = resume is not None
     folder = Path(resume or options.get("out") or default_folder(options.get("data", ""), newest))
-    saved = read_json(folder / "config.json")
+    saved = read_config(folder)
     saved = {name: saved[name] for name in Config.__dataclass_fields__ if name in saved}
-    begun = folder.is_dir() and {file.name for file in folder.iterdir()} - {"cache", "phantom"}
+    begun = folder.is_dir() and {file.name for file in folder.iterdir()} - NOT_BEGUN
+    if resume and options.get("out", resume) != resume:
+        raise ValueError(f"--resume {resume} goes on in that folder: leave out --out")
     if resume is not None and saved:
         options = _continued(options, saved, folder)
     elif resume and (begun or not options.get("data")):
         raise ValueError(f"--resume {resume}: no run, it has no config.json; begin one without it")
     elif begun and resume is None:
         raise ValueError(f"--out {folder}: exists; add --resume to go on with it, or name another")
-    return make_config(options | {"out": str(folder)}), folder
+    config = make_config(options | {"out": str(folder)})
+    check_places(config, folder)
+    return config, folder
 
 
 def _continued(options: dict[str, Any], saved: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -309,6 +358,8 @@ def make_config(options: dict[str, Any]) -> Config:
 
     raises: ValueError if an option is impossible.
     """
+    if options.get("dry_run"):
+        raise ValueError("--dry-run goes with pmsacl.py alone")
     preset = options.get("preset") or ("paper" if options.get("data") else "quick")
     if preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")

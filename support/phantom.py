@@ -52,7 +52,9 @@ def draw(
     counts = {"train/good": train, "test/good": good, "test/lesion": abnormal}
     settings = json.dumps(dict(train=train, good=good, abnormal=abnormal, size=size, seed=seed))
     if root.is_dir() and any(root.iterdir()):
-        if (root / "phantom.json").is_file() and (root / "phantom.json").read_text() == settings:
+        if (root / "phantom.json").is_file() and (root / "phantom.json").read_text(
+            "utf-8"
+        ) == settings:
             return
         raise ValueError(f"{root}: holds something else; give the phantom images another folder")
     part = root.with_name(f".{root.name}.part")

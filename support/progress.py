@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TextIO, TypeVar
 
 import torch
 
-from support.run import ranks
+from support.run import one_line, ranks
 
 T = TypeVar("T")
 
@@ -29,15 +34,90 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, from the first process only."""
+    """Print a line on stderr, from the first process only, which speaks for all."""
     _write(text, "\n")
+
+
+def complain(program: str, error: object) -> int:
+    """Say in one line why a program ends, from any process, and return its exit status, 2."""
+    replace = "\r\x1b[K" if sys.stderr.isatty() else ""
+    _print(replace + one_line(program, error), "", sys.stderr)
+    return 2
+
+
+def quietly(main: Callable[[], int]) -> int:
+    """The exit status of a program's `main`, without the warnings of libraries.
+
+    Names that the terminal cannot show are written with escapes. -W and PYTHONWARNINGS bring the
+    warnings back.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where the shell has closed it
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    status = main()
+    show("")  # flushes: a closed pipe is noticed here and not by the interpreter
+    return status
+
+
+@contextlib.contextmanager
+def ours_alone() -> Iterator[None]:
+    """While the block runs, what libraries in C write to the screen goes nowhere: libtiff's."""
+    try:
+        real = sys.stderr.fileno() == 2
+    except (OSError, ValueError, AttributeError):  # somebody else's stream
+        real = False
+    if not real:
+        yield
+        return
+    old, kept = sys.stderr, os.dup(2)
+    sys.stderr = open(kept, "w", encoding=old.encoding, errors=old.errors, closefd=False)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        sys.stderr.close()
+        sys.stderr = old
+        os.close(silent)
+        os.close(kept)
+
+
+def show(text: str) -> None:
+    """Print text on stdout; a reader that has gone, as `| head -1`, ends no run."""
+    _print(text, "", sys.stdout)
 
 
 def _write(text: str, end: str) -> None:
     """On a terminal the text replaces a progress line that was left without an end."""
     if ranks()[0] == 0:
-        replace = "\r\x1b[K" if sys.stderr.isatty() else ""  # to the line's start, and clear it
-        print(f"{replace}{text}", end=end, file=sys.stderr, flush=True)
+        replace = ""
+        if sys.stderr.isatty():
+            replace = "\r\x1b[K"  # to the line's start, and clear it
+            if not end:  # a line that is wrapped could not be replaced
+                text = text[: shutil.get_terminal_size().columns - 1]
+        _print(f"{replace}{text}", end, sys.stderr)
+
+
+def _print(text: str, end: str, stream: TextIO) -> None:
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:  # its reader has gone, its disk is full
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, stream.fileno())  # or the interpreter complains when it ends
+        os.close(silent)
+
+
+def size_of(count: float) -> str:
+    """'3.2 GB' of bytes."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = 0
+    while count >= 999.5 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {units[power]}"
 
 
 class _Line:
@@ -102,7 +182,8 @@ class Meter:
         if step == self.first + 3:
             self._announce(left)
         values = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-        text = f"{where}  {values}  {self.rate:.0f} images/s  {duration(left)} left"
+        speed = f"{self.rate:.0f} images/s" if self.rate >= 1 else f"{per_step:.0f} s a step"
+        text = f"{where}  {values}  {speed}  {duration(left)} left"
         if step == self.total:
             say(text)
         else:

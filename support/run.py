@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
+import io
 import json
 import os
+import stat
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +26,16 @@ class Parser(argparse.ArgumentParser):
     """argparse with its errors on one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, one_line(self.prog, message))
+
+
+LONGEST = 760  # characters of a complaint: ten lines of a terminal
+
+
+def one_line(program: str, error: object) -> str:
+    """What a program says when it ends with exit code 2: one line, of bounded length."""
+    text = " ".join(f"{program}: {error}".split())
+    return (text if len(text) <= LONGEST else f"{text[: LONGEST - 20].rstrip()} ... (cut)") + "\n"
 
 
 def pick_device(name: str) -> str:
@@ -34,6 +47,16 @@ def pick_device(name: str) -> str:
     return name
 
 
+def lack(error: MemoryError | RuntimeError) -> str:
+    """What to say of an error that is the machine's.   raises: the error if it is the program's."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return "out of memory: lower --batch-size or --image-size"
+    if ranks()[1] > 1:
+        return f"another process of this run has ended or cannot be reached ({text[:200]})"
+    raise error
+
+
 # --- files: written beside their place and moved there, so an interruption leaves the old one ----
 
 
@@ -43,15 +66,30 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())  # or a power cut leaves the name without the content
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def save_atomically(value: dict, path: Path) -> None:
-    """torch.save of plain tensors, numbers and strings: loads with weights_only=True."""
-    with replacing(path) as partial:
-        torch.save(value, partial)
+    """torch.save of plain tensors, numbers and strings: loads with weights_only=True.
+
+    raises: OSError, with the old file kept, if the disk is full: torch's own writer would end the
+            process, so it writes to memory.
+    """
+    content = io.BytesIO()
+    torch.save(value, content)
+    with replacing(path) as partial:  # a run's folder that was deleted is not made again
+        partial.write_bytes(content.getbuffer())
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file to read; raises OSError for a pipe or a device, which may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb")
 
 
 def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
@@ -61,7 +99,13 @@ def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
     raises: OSError if it cannot be opened, ValueError if its bytes are something else.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with open_regular(path) as file:
+            if zipfile.is_zipfile(file):  # its own checksums: torch's reader passes over them
+                with zipfile.ZipFile(file) as parts:
+                    if parts.testzip():
+                        raise ValueError
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
     except OSError:
         raise
     except Exception:  # an unpickler fails in any way on bytes that are none of its own
@@ -69,11 +113,29 @@ def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content, {} if there is no such file; raises ValueError if it is damaged."""
+    """A JSON file's object, {} if there is no such file; raises ValueError if it is damaged."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); move it away or run again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged (no JSON object); move it away or run again")
+    return content
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8, whatever the locale; names of files that are none stay the bytes that they are."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def printable(name: str) -> str:
+    """A file's name with escapes for bytes that are no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def read_text(path: Path) -> str:
+    """What `encoded` wrote."""
+    return path.read_bytes().decode("utf-8", "surrogateescape")
 
 
 def make_folder(path: Path) -> None:
@@ -85,7 +147,7 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"--out {path}: cannot be made ({reason}); name another") from None
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
@@ -94,10 +156,23 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     """A CSV file of rows, numbers to six digits; a key that a row lacks is left empty."""
-    with replacing(path) as partial, open(partial, "w", newline="") as file:
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         writer.writeheader()
         writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+
+
+def process_lives(number: int) -> bool:
+    """Whether this host has such a process; True where asking would end it, on Windows."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 # --- processes: `torchrun --nproc-per-node R pmsacl.py ...` ---------------------------------------
@@ -130,11 +205,18 @@ def first_process_first() -> Iterator[None]:
 
 
 def from_first_process(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, in all of them."""
+    """What `make` returns in the first process, or its ValueError, in all of them."""
     rank, world = ranks()
-    value = [make() if rank == 0 else None]
+    value: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            value[0] = make()
+        except ValueError as error:
+            value[1] = str(error)
     if world > 1:
         dist.broadcast_object_list(value)
+    if value[1] is not None:
+        raise ValueError(value[1])
     return cast(T, value[0])
 
 

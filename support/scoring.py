@@ -83,7 +83,9 @@ def score_files(
         tempfile.TemporaryFile(dir=parent).close()  # fails in a folder that is not writable
     with tempfile.TemporaryDirectory() as cache:
         size = int(config["image_size"])
-        images, kept = data.decode(list(targets), size, Path(cache), skip_bad=skip_bad)
+        images, kept = data.decode(
+            list(targets), size, Path(cache), skip_bad=skip_bad, window=config.get("values_shown")
+        )
         files = [list(targets)[i] for i in kept]
         scored = _scored(detectors, images, batch)
         rows = {name: results[name] for name in detectors if name in results}

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.layouts import Dataset, Sample
-from support.run import write_file
+from support.run import encoded, write_file
 
 Printed = tuple[str, tuple[str, ...], dict[str, tuple[float | None, ...]]]
 
@@ -56,7 +56,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     content = json.dumps(results, indent=2, allow_nan=False, default=plain)
     write_file(folder / "results.json", f"{content}\n".encode())
     if measured(results):
-        write_file(folder / "results.md", results_table(results).encode())
+        write_file(folder / "results.md", encoded(results_table(results)))
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,6 +108,7 @@ def results_table(results: Mapping[str, Any]) -> str:
                 f" A pixel: at {row['pixel_threshold']:.6g} or more; the best possible threshold, "
                 f"{best['threshold']:.6g}, gives IoU {best['iou']:.3f} and Dice {best['dice']:.3f}."
             )
+    text += [f"- {' '.join(note.split())}" for note in results.get("data_notes", ())]
     text += dict.fromkeys(f"- {note}" for row in rows.values() for note in row["notes"])
     return "\n".join(text) + "\n"
 
@@ -194,4 +195,4 @@ def write_scores(
         for name, s in scores.items():
             cells += [float(s[i]), int(s[i] >= rows[name]["threshold"])]
         writer.writerow(cells)
-    write_file(folder / "scores.csv", text.getvalue().encode())
+    write_file(folder / "scores.csv", encoded(text.getvalue()))

@@ -15,8 +15,9 @@ A training is an object with
 from __future__ import annotations
 
 import math
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor
 
 from encoder import ResNet18
+from support.claim import deferred
 from support.progress import Meter, say
+from support.readers import all_finite
 from support.run import ranks, read_saved, save_atomically, write_rows
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
@@ -40,8 +43,16 @@ def train(
     checkpoint: .pt file.   log: .csv file, a row an epoch.   save_every: seconds.
     returns:    the rows of the log.
     raises:     FloatingPointError when a loss or a weight is not finite, with the last good
-                checkpoint kept; ValueError for a checkpoint of other images or settings.
+                checkpoint kept; ValueError for a checkpoint of other images or settings;
+                KeyboardInterrupt, with a checkpoint, after the step in which a signal came.
     """
+    with deferred() as asked:
+        return _train(training, checkpoint, log, save_every, asked)
+
+
+def _train(
+    training: Any, checkpoint: Path, log: Path, save_every: float, asked: Callable[[], bool]
+) -> list[dict[str, float]]:
     sums, rows = load(training, checkpoint) if checkpoint.exists() else ({}, [])
     meter = Meter(training.step_done, training.total, training.images, training.device)
     saved = time.monotonic()
@@ -57,12 +68,16 @@ def train(
             row = {"epoch": epoch + 1, **means, "images_per_second": meter.rate}
             rows.append(row | training.end_epoch())
             sums = {}
+        stop = asked() and training.step_done < training.total
         due = training.step_done == training.total or time.monotonic() - saved > save_every
+        due = due or stop
         if due and ranks()[0] == 0:
             save(training, checkpoint, sums, rows)
             if rows:
                 write_rows(log, rows)
             saved = time.monotonic()
+        if stop:
+            raise KeyboardInterrupt
     return rows
 
 
@@ -85,31 +100,26 @@ def step(training: Any, checkpoint: Path) -> dict[str, float]:
 
 
 def _remedy(training: Any, checkpoint: Path) -> str:
+    """What to change, which is the rate only if steps at this rate were taken, and what is kept."""
     kept = f"the last good state is kept in {checkpoint}"
-    return (
-        f"lower {training.rate_option} ({training.rate:g}); "
-        f"{kept if checkpoint.exists() else 'no state was saved yet'}"
-    )
+    config = getattr(training, "config", None)
+    change = f"lower {training.rate_option} ({training.rate:g})"
+    if config is not None and training.rate * config.weight_decay > 1:
+        change = f"lower --weight-decay ({config.weight_decay:g})"
+    elif training.step_done == 0:
+        change = "no step was taken, so the rate is not to blame: the options of the loss are"
+    return f"{change}; {kept if checkpoint.exists() else 'no state was saved yet'}"
 
 
 def save(training: Any, checkpoint: Path, sums: Mapping[str, float], rows: list) -> None:
     """raises: FloatingPointError, with the old file kept, if a weight is not finite."""
     state = training.state_dict()
-    if not all(t.isfinite().all() for t in _tensors(state) if t.is_floating_point()):
+    if not all_finite(state):
         raise FloatingPointError(
             f"{training.name} a weight is not finite after step {training.step_done}: "
             f"{_remedy(training, checkpoint)}".lstrip()
         )
     save_atomically({**state, "format": FORMAT, "sums": dict(sums), "log": rows}, checkpoint)
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    """The tensors of nested dictionaries and lists."""
-    if isinstance(state, Tensor):
-        return [state]
-    parts = state.values() if isinstance(state, Mapping) else state
-    nested = parts if isinstance(state, Mapping | list | tuple) else ()
-    return [tensor for part in nested for tensor in _tensors(part)]
 
 
 def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
@@ -124,13 +134,68 @@ def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[s
             "that version, or begin another"
         )
     try:
-        training.load_state_dict(state)
+        return _restore(training, state)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    return state["sums"], state["log"]
+    except Exception as error:  # whatever is missing or of another shape
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise ValueError(
+            f"{checkpoint}: a damaged checkpoint, or of other settings ({reason}); move it away"
+        ) from None
+
+
+def _restore(training: Any, state: dict[str, Any]) -> tuple[dict[str, float], list]:
+    """raises: ValueError or anything else if the state is none of this training's."""
+    fresh = training.state_dict()
+    if not all_finite(state):
+        raise ValueError("a damaged checkpoint: some weights are not finite; move it away")
+    sums, rows = state["sums"], state["log"]
+    numbers = [*sums.values(), *(value for row in rows for value in row.values())]
+    if not all(isinstance(value, int | float) for value in numbers):
+        raise TypeError("the log holds what is no number")
+    training.load_state_dict(state)
+    if not (type(training.step_done) is int and 0 <= training.step_done <= training.total):
+        raise ValueError(f"a damaged checkpoint: step {training.step_done} of {training.total}")
+    again = training.state_dict()
+    wrong = [name for name in fresh if _form(fresh[name]) != _form(again[name])]
+    if wrong:
+        raise TypeError(f"another {', '.join(wrong)}")
+    return sums, rows
+
+
+def _form(value: Any) -> Any:
+    """The types of a state; not its tensors' shapes, which its networks check, nor buffers."""
+    if isinstance(value, Mapping):
+        return {key: _form(part) for key, part in value.items() if key != "state"}
+    if isinstance(value, list | tuple):
+        return [_form(part) for part in value]
+    return type(value)
 
 
 IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+
+
+WAIT = 20.0  # seconds for the server to answer
+_failed: list[Exception] = []  # a table's runs try once
+
+
+def _imagenet() -> dict[str, Tensor]:
+    """torch.hub's weights, cached or downloaded now.   raises: OSError, RuntimeError."""
+    if _failed:
+        raise _failed[0]
+    if not Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET).name).exists():
+        say(f"downloading ImageNet's weights, 45 MB; the server has {WAIT:.0f} s to answer")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(WAIT)
+    try:
+        return torch.hub.load_state_dict_from_url(
+            IMAGENET, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        _failed.append(error)
+        raise
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def start_weights(backbone: ResNet18, init: str) -> str:
@@ -145,9 +210,7 @@ def start_weights(backbone: ResNet18, init: str) -> str:
         return init
     if init in ("auto", "imagenet"):
         try:
-            weights = torch.hub.load_state_dict_from_url(
-                IMAGENET, map_location="cpu", progress=False, check_hash=True, weights_only=True
-            )
+            weights = _imagenet()
         except (OSError, RuntimeError) as error:  # no network, or a damaged download
             if init == "imagenet":
                 raise ValueError(
@@ -159,11 +222,14 @@ def start_weights(backbone: ResNet18, init: str) -> str:
         backbone.load_state_dict(weights)
         return "imagenet"
     try:
-        backbone.load_state_dict(read_saved(init, "state dict", "cpu"))
+        weights = read_saved(init, "state dict", "cpu")
+        backbone.load_state_dict(weights)
     except OSError as error:
         raise ValueError(f"--init {init}: {error.strerror}") from None
     except Exception:  # whatever the file holds, it may be anything
         raise ValueError(
             f"--init {init}: no state dict of a resnet18; give a run's encoder.pt or torchvision's"
         ) from None
+    if not all_finite(weights):
+        raise ValueError(f"--init {init}: some weights are infinite or NaN")
     return Path(init).name

@@ -1,0 +1,177 @@
+"""The cache of decoded images: rows in a raw file, and a JSON file beside it once all are there.
+
+The JSON file holds the reason for each row that is unreadable, and the raw file's checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from support.progress import ours_alone, progress, say
+from support.run import process_lives, write_file
+
+Files = tuple[Path, ...]  # what one row of a cache is read from: an image, or a mask and its image
+
+SHOWN = 10  # files in a complaint
+CHUNK = 2**24  # bytes that are checked at once
+CACHE_VERSION = 2  # part of every cache's name; increase it when decoding changes
+
+
+def cached(
+    rows: Sequence[Files],
+    read: Callable[[Files], np.ndarray],
+    shape: tuple[int, ...],
+    folder: Path,
+    *,
+    label: str,
+    skip_bad: bool,
+    zeros_for_unreadable: bool,
+    key: Any = None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """read(files) of every row, from the cache if they are there and their checksum is right.
+
+    shape:   of a row.   key: what else the rows depend on.
+    zeros_for_unreadable: such a row is zeros, instead of being left out.
+    returns: uint8 memory-map (K, *shape), and the reason for each unreadable row.
+    raises:  ValueError naming every unreadable file, unless skip_bad and some are readable.
+    """
+    if not rows:
+        return np.empty((0, *shape), np.uint8), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    stamps = [[_stamp(path) for path in files] for files in rows]
+    content = json.dumps([CACHE_VERSION, shape, zeros_for_unreadable, stamps, key])
+    name = hashlib.sha256(content.encode()).hexdigest()[:24]
+    data, marker = folder / f"{name}.u8", folder / f"{name}.json"
+    size = math.prod(shape)  # bytes of a row
+    substitute = bytes(size) if zeros_for_unreadable else b""
+    missing = 0 if zeros_for_unreadable else 1  # rows for an unreadable one
+    unreadable = _complete(data, marker, len(rows), size, missing)
+    if unreadable is None or (unreadable and not skip_bad):
+        marker.unlink(missing_ok=True)
+        unreadable, crc = _write(rows, read, substitute, data, label=label, skip_bad=skip_bad)
+        saved = {"unreadable": unreadable, "crc32": crc}
+        write_file(marker, json.dumps(saved).encode())
+    return np.memmap(data, np.uint8, "r").reshape(-1, *shape), unreadable
+
+
+def _complete(data: Path, marker: Path, rows: int, size: int, missing: int) -> dict | None:
+    """The reason for each unreadable row of a cache; None if it is not there, or damaged.
+
+    size: bytes of a row.   missing: how many rows an unreadable one takes away.
+    """
+    try:
+        saved = json.loads(marker.read_bytes())
+        unreadable = {int(row): str(reason) for row, reason in saved["unreadable"].items()}
+        wanted = int(saved["crc32"])
+        whole = data.stat().st_size == size * (rows - missing * len(unreadable))
+        whole = whole and all(0 <= row < rows for row in unreadable)
+        if not (whole and 0 < size * (rows - missing * len(unreadable))):
+            return None
+        chunks = range(0, data.stat().st_size, CHUNK)
+        crc = 0
+        with open(data, "rb") as file:
+            for _ in progress(chunks, len(chunks), "checking the decoded images"):
+                crc = zlib.crc32(file.read(CHUNK), crc)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if crc != wanted:
+        say(f"{data}: its content has changed; decoding again")
+        return None
+    return unreadable
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What changes when a file does: its path, size and time."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return os.path.abspath(path), -1, 0  # reported when it is read
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+def _write(
+    rows: Sequence[Files],
+    read: Callable[[Files], np.ndarray],
+    substitute: bytes,
+    target: Path,
+    *,
+    label: str,
+    skip_bad: bool,
+) -> tuple[dict[int, str], int]:
+    """Write read(files) of every row to a partial file, then rename it to `target`.
+
+    substitute: what is written for a row that is unreadable.
+    returns:    the reason for each unreadable row, and the file's CRC-32.
+    """
+    _remove_abandoned(target.parent)
+    part = target.with_name(f"{target.name}.part-{platform.node()}-{os.getpid()}")
+    unreadable: dict[int, str] = {}
+    crc = 0
+    try:
+        # Plain writes: a full disk is then an OSError, where a memory-map would be a bus error.
+        with open(part, "wb") as file, ours_alone():
+            for i, row in enumerate(progress(_read_all(rows, read), len(rows), label)):
+                if isinstance(row, str):
+                    unreadable[i] = row
+                content = substitute if isinstance(row, str) else row.tobytes()
+                crc = zlib.crc32(content, crc)
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if unreadable and (not skip_bad or len(unreadable) == len(rows)):
+            hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
+            reasons = "; ".join(list(unreadable.values())[:SHOWN])
+            if len(unreadable) > SHOWN:
+                reasons += f"; and {len(unreadable) - SHOWN} more"
+            raise ValueError(
+                f"{len(unreadable)} of {len(rows)} files cannot be used: {reasons}{hint}"
+            )
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return unreadable, crc
+
+
+def _read_all(
+    rows: Sequence[Files], read: Callable[[Files], np.ndarray]
+) -> Iterator[np.ndarray | str]:
+    """read(files) of every row in order, or the reason why that failed; in several threads."""
+
+    def attempt(files: Files) -> np.ndarray | str:
+        try:
+            return read(files)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # pillow decodes outside Python's lock
+    try:
+        for start in range(0, len(rows), 32):  # no more rows than that are held in memory
+            yield from pool.map(attempt, rows[start : start + 32])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove partial files that a killed run has left: its process has ended, or was elsewhere and
+    has not written to them for a minute."""
+    for part in folder.glob("*.part-*"):
+        host, _, number = part.name.partition(".part-")[2].rpartition("-")
+        with contextlib.suppress(OSError):
+            old = time.time() - part.stat().st_mtime > 60
+            if old or (
+                host == platform.node() and number.isdigit() and not process_lives(int(number))
+            ):
+                part.unlink()

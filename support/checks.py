@@ -1,0 +1,204 @@
+"""What is known at the start is said at the start: places, content, masks, space on the disk.
+
+Everything here raises ValueError with one line that says what to do, or returns notes: sentences
+that the screen and results.md show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from support.layouts import EXTENSIONS, MASKS, Dataset, Sample, how_to_convert, visible, walk
+from support.progress import progress, say, size_of
+
+SHOWN = 5  # names in a complaint
+
+
+def named(names: Iterable[Any], shown: int = SHOWN) -> str:
+    """The first names of a list, and how many more there are."""
+    words = [str(name) for name in names]
+    more = f" and {len(words) - shown} more" if len(words) > shown else ""
+    return ", ".join(words[:shown]) + more
+
+
+def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
+    """What the files show before one is decoded: notes, which the screen shows, too.
+
+    raises: ValueError as `check_content` and `check_disk`.
+    """
+    masks = sum(sample.mask is not None for sample in dataset.test)
+    check_disk(config, folder, (len(dataset.train), len(dataset.test), masks))
+    notes = check_content(dataset, allow=config.allow_duplicates) + check_unused(dataset)
+    for note in notes:
+        say(note)
+    return notes
+
+
+def check_places(config: Any, folder: Path) -> None:
+    """raises: ValueError if the results would go among the images."""
+    if not config.data:
+        return
+    data, out = Path(config.data).resolve(), folder.resolve()
+    if out == data or data in out.parents:
+        raise ValueError(f"--out {folder}: lies in --data {config.data}; name a folder outside it")
+
+
+def check_threads(saved: Mapping[str, Any]) -> None:
+    """Say so if a run goes on with another number of threads: sums are rounded otherwise."""
+    before, now = str(saved.get("threads", "")), str(torch.get_num_threads())
+    if before and before != now:
+        say(
+            f"this run was begun with {before} threads and goes on with {now}: its numbers will "
+            f"differ in the last digits (OMP_NUM_THREADS={before} keeps them)"
+        )
+
+
+# --- content -------------------------------------------------------------------------------------
+
+
+def check_content(dataset: Dataset, *, allow: bool) -> list[str]:
+    """Look for the same image in places that exclude one another, by content and not by name.
+
+    Only files of equal size are read.
+
+    allow:   --allow-duplicates: what is found becomes notes.
+    returns: notes.
+    raises:  ValueError naming test images that also train, images that are both normal and
+             abnormal, and files that are listed twice.
+    """
+    places = [(path, "train") for path in dataset.train]
+    places += [(s.path, "abnormal" if s.label else "normal") for s in dataset.test]
+    twice: list[str] = []
+    copies: list[str] = []
+    both: dict[str, list[str]] = {"test images also train": [], "images have both labels": []}
+    for same in _same_content(places):
+        sets, real = {place for _, place in same}, {os.path.realpath(path) for path, _ in same}
+        text = " = ".join(str(path) for path, _ in same[:3])
+        if "train" in sets and len(sets) > 1:
+            both["test images also train"].append(text)
+        if {"normal", "abnormal"} <= sets:
+            both["images have both labels"].append(text)
+        elif len(sets) == 1:
+            (twice if len(real) < len(same) else copies).append(text)
+    found = [f"{len(texts)} {what}: {named(texts)}" for what, texts in both.items() if texts]
+    if twice:
+        found.append(f"{len(twice)} files are listed twice: {named(twice)}")
+    if found and not allow:
+        raise ValueError(f"{'; '.join(found)}. Remove them, or go on: --allow-duplicates")
+    if copies:
+        found.append(f"{len(copies)} images have copies in their class: {named(copies)}")
+    return found
+
+
+def check_unused(dataset: Dataset) -> list[str]:
+    """Notes on what lies in the data set's folder and is not used, and what cannot be read."""
+    failed: list[str] = []
+    mine = {os.path.realpath(path) for path in dataset.train}
+    mine |= {os.path.realpath(sample.path) for sample in dataset.test}
+    unused: dict[str, int] = {}
+    for parent, folders, files in walk(dataset.root, lambda e: failed.append(str(e.filename))):
+        folders[:] = [f for f in folders if visible(f) and f.lower() not in MASKS]
+        images = [f for f in files if visible(f) and Path(f).suffix.lower() in EXTENSIONS]
+        left = [f for f in images if os.path.realpath(parent / f) not in mine]
+        if left and dataset.layout != "HyperKvasir":  # which is drawn from
+            unused[str(parent.relative_to(dataset.root))] = len(left)
+    notes = [f"folders that cannot be read: {named(failed)}"] if failed else []
+    if unused:
+        total, places = sum(unused.values()), [f"{n} in {place}/" for place, n in unused.items()]
+        notes.append(f"{total} images are not used: {named(places)}")
+    convert = how_to_convert(dataset.root).strip()
+    return notes + [convert] * bool(convert)
+
+
+def _same_content(places: Sequence[tuple[Path, str]]) -> list[list[tuple[Path, str]]]:
+    """Groups of two or more files with the same bytes."""
+    of_size: dict[int, list[tuple[Path, str]]] = defaultdict(list)
+    for path, place in places:
+        try:
+            status = path.stat()
+        except OSError:
+            continue  # said when it is decoded
+        if stat.S_ISREG(status.st_mode):
+            of_size[status.st_size].append((path, place))
+    alike = [entry for group in of_size.values() if len(group) > 1 for entry in group]
+    of_content: dict[str, list[tuple[Path, str]]] = defaultdict(list)
+    for path, place in progress(alike, len(alike), "comparing files"):
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            continue
+        of_content[digest].append((path, place))
+    return [group for group in of_content.values() if len(group) > 1]
+
+
+def check_masks(samples: Sequence[Sample], masks: np.ndarray | None, known: Any) -> list[str]:
+    """masks: (N, S, S) of N samples, known (N,).
+
+    returns: notes.   raises: ValueError unless the known masks hold both kinds of pixels.
+    """
+    if masks is None:
+        return []
+    index = [i for i, s in enumerate(samples) if s.label and known[i]]
+    empty = [i for i in index if not masks[i].any()]
+    full = [i for i in index if masks[i].all()]
+    for which, what in ((empty, "no lesion"), (full, "nothing but lesion")):
+        if which and len(which) == len(index):
+            raise ValueError(
+                f"all {len(index)} masks hold {what}, the first is {samples[which[0]].mask}: "
+                "a mask is 255 in the lesion and 0 elsewhere"
+            )
+    found = [(empty, "no lesion: left out of pixel measures"), (full, "nothing but lesion")]
+    notes = [
+        f"{len(which)} masks hold {what}: {named(samples[i].mask for i in which)}"
+        for which, what in found
+        if which
+    ]
+    for note in notes:
+        say(note)
+    return notes
+
+
+# --- space on the disk ---------------------------------------------------------------------------
+
+WEIGHTS = 48e6  # bytes of a ResNet-18 with its heads, float32
+IGD_WEIGHTS = 2.3e6  # bytes of IGD's decoder and critic at width 8; they grow with its square
+
+
+def disk_needed(config: Any, train: int, test: int, masks: int) -> float:
+    """Bytes that a run writes, at most: the cache, checkpoints, detectors, figures."""
+    pixels = config.image_size**2
+    needed = 3 * pixels * (train + test) + pixels * (test if masks else 0)
+    local = config.local == "yes" or (config.local == "auto" and config.image_size > 64)
+    encoders = 1 + (local and config.detector != "padim")
+    needed += encoders * 2 * WEIGHTS + WEIGHTS  # with the optimiser's momentum; encoder.pt
+    if config.detector != "igd":
+        needed += WEIGHTS + pixels / 16 * (100 * 101 / 2 + 100) * 4  # Sigma_p^-1/2 of 100 channels
+    if config.detector != "padim":
+        models = (1 + local) * (WEIGHTS + IGD_WEIGHTS * (config.igd_width / 8) ** 2)
+        needed += 4 * models  # with Adam's two moments; the detector
+    return needed + WEIGHTS * 2 + 20e6  # a checkpoint is written beside the old one; figures
+
+
+def check_disk(config: Any, folder: Path, counts: tuple[int, int, int]) -> None:
+    """raises: ValueError if the disk has no room for the run.
+
+    counts: training images, test images, masks.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    have = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if place == folder else 0
+    needed, free = disk_needed(config, *counts) - have, shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(
+            f"--out {folder}: the run writes up to {size_of(needed)}, but {size_of(free)} are free"
+            " there; name a folder on another disk, or lower --image-size"
+        )

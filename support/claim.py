@@ -1,0 +1,291 @@
+"""A run's folder belongs to one process; signals that end a run at the end of a step.
+
+A folder is made exclusively, and held by run.lock: the system's lock on that file, which goes with
+the process whatever ends it, and the file's text, which says who holds it: for other hosts, whose
+locks do not reach here, and for systems without such locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from support.progress import say
+from support.run import from_first_process, make_folder, process_lives, ranks
+
+try:
+    import fcntl
+except ImportError:  # Windows: the text of the lock has to do
+    fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+
+LOCK = "run.lock"
+# What a run writes into its folder; nothing else in it is ever removed.
+OURS = (
+    "cache", "phantom", "figures", "config.json", "results.json", "results.md", "scores.csv",
+    *(f"log{part}.csv" for part in ("", "_local", "_igd_global", "_igd_local")),
+    *(f"checkpoint{part}.pt" for part in ("", "_local", "_igd", "_igd_local")),
+    "encoder.pt", "detector.pt", "detector_igd.pt",
+)  # fmt: skip
+
+
+# --- the lock ------------------------------------------------------------------------------------
+
+
+def _self() -> dict[str, Any]:
+    """This process, so that no other can be taken for it: ids are used again."""
+    return {"pid": os.getpid(), "host": platform.node(), "boot": _boot(), "began": _began("self")}
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _began(pid: int | str) -> str:
+    """When a process began, in the kernel's ticks; "" where /proc does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return ""
+    return stat.rpartition(b")")[2].split()[19].decode()
+
+
+def holder(path: Path) -> dict[str, Any]:
+    """Who wrote a lock; {} if nobody did, or the text is cut short."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def may_live(owner: dict[str, Any]) -> bool:
+    """Whether the process that wrote a lock may still run; of another host nobody here can tell."""
+    if not isinstance(owner.get("pid"), int) or owner["pid"] < 1:
+        return False
+    here = _self()
+    if owner.get("host") != here["host"]:
+        return True
+    if owner.get("boot") and here["boot"] and owner["boot"] != here["boot"]:
+        return False
+    if not process_lives(owner["pid"]):
+        return False
+    began = _began(owner["pid"])
+    return not (began and owner.get("began") and began != owner["began"])
+
+
+class Claim:
+    """A run's folder, made or taken over by this process, and held until `release`.
+
+    raises: FileExistsError if a new folder is there already, ValueError if another process holds
+            the folder or it cannot be made.
+    """
+
+    def __init__(self, folder: Path, *, resumed: bool) -> None:
+        self.folder, self.lock = folder, folder / LOCK
+        make_folder(folder.absolute().parent)
+        self.made = self._make()
+        if not (self.made or resumed or _is_empty(folder)):
+            raise FileExistsError(f"--out {folder}: exists; add --resume to go on with it")
+        try:
+            self.file = self._hold()
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"--out {folder}: cannot be written to ({reason})") from None
+        self.before = set(os.listdir(folder)) - {LOCK}
+        for partial in folder.glob("*.partial"):  # of a process that was killed
+            partial.unlink(missing_ok=True)
+
+    def _make(self) -> bool:
+        try:
+            self.folder.mkdir()
+        except FileExistsError:
+            if not self.folder.is_dir():
+                raise ValueError(f"--out {self.folder}: is no folder; name another") from None
+            return False
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(
+                f"--out {self.folder}: cannot be made ({reason}); name another"
+            ) from None
+        return True
+
+    def _hold(self) -> int:
+        """Lock run.lock; a file that its last holder removed meanwhile is not the one."""
+        while True:
+            file = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+            locked = _system_lock(file)
+            owner = holder(self.lock)
+            known = owner.get("host") == platform.node() if locked else not may_live(owner)
+            if locked is False or not (known or not owner):
+                os.close(file)
+                raise ValueError(self._refusal(owner))
+            try:
+                same = os.path.samestat(os.fstat(file), os.stat(self.lock))
+            except FileNotFoundError:
+                same = False
+            if same:
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps(_self()).encode(), 0)
+                return file
+            os.close(file)
+
+    def _refusal(self, owner: dict[str, Any]) -> str:
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', 'this host')}"
+        if owner and owner.get("host") != platform.node():
+            return f"{self.folder} belongs to {who}; if that has ended, delete {self.lock}"
+        return f"{self.folder} belongs to {who}, which is running; wait for it, or name another"
+
+    def clear(self) -> None:
+        """Remove what this process has put into the folder, and the folder if it made it."""
+        for name in set(OURS) - self.before:
+            path = self.folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Give the folder up, and remove it if this process made it and left nothing there."""
+        with contextlib.suppress(OSError):
+            self.lock.unlink(missing_ok=True)
+            if self.made and _is_empty(self.folder):
+                self.folder.rmdir()
+        os.close(self.file)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing of a run or of the user's is there; a shared cache may be."""
+    return not set(os.listdir(folder)) - {"cache", "phantom", LOCK}
+
+
+def _system_lock(file: int) -> bool | None:
+    """True: this process holds it now; False: another does; None: there are no such locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextlib.contextmanager
+def claimed(
+    choose: Callable[[], tuple[T, Path]], *, resumed: bool, named: bool = True
+) -> Iterator[tuple[T, Path]]:
+    """Hold the folder of a run while the block runs; of several processes, the first one does.
+
+    Signals end the block by KeyboardInterrupt; what it has made is then removed if there is nothing
+    to go on from.
+
+    choose:  the run's config and its folder.
+    resumed: the folder may hold a run already.
+    named:   by the user; else, if another process was faster, `choose` names another one.
+    raises:  as Claim.
+    """
+    claims: list[Claim] = []
+
+    def take() -> tuple[T, Path]:
+        while True:
+            config, folder = choose()
+            try:
+                claims.append(Claim(folder, resumed=resumed))
+                return config, folder
+            except FileExistsError as error:
+                if named:
+                    raise ValueError(str(error)) from None
+
+    chosen = from_first_process(take)
+    try:
+        with signals():
+            yield chosen
+    except BaseException as error:
+        kept = "config.json" if isinstance(error, KeyboardInterrupt) else "checkpoint.pt"
+        for claim in claims:
+            if not (claim.folder / kept).exists():
+                claim.clear()
+        raise
+    finally:
+        for claim in claims:
+            claim.release()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run that is there while the block writes into it; raises as Claim."""
+    if not folder.is_dir():  # the block says so
+        yield
+        return
+    with claimed(lambda: (None, folder), resumed=True):
+        yield
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+SIGNALS = [s for name in ("SIGINT", "SIGTERM", "SIGHUP") if (s := getattr(signal, name, None))]
+
+
+class _State:
+    waiting = False  # a training will look at `asked` after its step
+    asked = False
+
+
+def _handle(number: int, _frame: Any) -> None:
+    if not _State.waiting or _State.asked:
+        raise KeyboardInterrupt
+    _State.asked = True
+    if number == signal.SIGINT:
+        say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt: at the end of a step while training."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    handlers = {number: signal.signal(number, _handle) for number in heard}
+    try:
+        yield
+    finally:
+        _State.asked = False
+        for number, old in handlers.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Signals wait; what is yielded says whether one has come, in any of the processes."""
+    _State.waiting = True
+    try:
+        yield _asked
+    finally:
+        _State.waiting = False
+
+
+def _asked() -> bool:
+    if ranks()[1] == 1:
+        return _State.asked
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(float(_State.asked), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # all stop after the same step
+    return bool(flag)

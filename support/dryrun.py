@@ -1,0 +1,138 @@
+"""--dry-run: what a run would do, how long it takes, how much it needs; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from encoder import ResNet18
+from igd import IGD
+from pmsacl import Pretraining
+from support import checks, layouts
+from support.depth import parse_window
+from support.phantom import draw
+from support.progress import LONG, duration, say, show, size_of
+from support.run import ranks
+
+HEAVY = 4e6  # pixels of a step's views: from here on a CPU takes seconds for one
+
+
+def dry_run(config: Any, folder: Path) -> None:
+    """Print the plan of a run; raises what the run would raise at its start."""
+    defaults = draw.__kwdefaults__ or {}
+    train, normal, abnormal = (defaults[name] for name in ("train", "good", "abnormal"))
+    masks, lines = abnormal, ["phantom images, which the run draws"]
+    if config.data:
+        dataset = layouts.discover(Path(config.data).resolve(), seed=config.seed)
+        dataset.check_test()
+        parse_window(config.window)
+        checks.at_the_start(config, folder, dataset)
+        abnormal = sum(sample.label for sample in dataset.test)
+        train, normal = len(dataset.train), len(dataset.test) - abnormal
+        masks = sum(sample.mask is not None for sample in dataset.test)
+        lines = [f"{dataset.root}: {dataset.layout}"]
+        for kind in dict.fromkeys(sample.kind for sample in dataset.test):
+            of_kind = [sample for sample in dataset.test if sample.kind == kind]
+            label = "abnormal" if of_kind[0].label else "normal"
+            lines.append(f"  test {kind}: {len(of_kind)} images, {label}")
+    counts = f"{normal} normal and {abnormal} abnormal test images, {masks} masks"
+    lines.append(f"{train} healthy training images, {counts}")
+    total = 0.0
+    for training in _trainings(config, train):
+        per_step = _seconds(training)
+        total += per_step * training.total
+        lines.append(
+            f"{training.name or config.method}: {training.total} steps of {training.images} images,"
+            f" {per_step:.3g} s each: {duration(per_step * training.total)}"
+        )
+    lines.append(f"time: about {duration(total)} of training; then detectors and evaluation")
+    lines.append(f"memory: about {_memory(config.device)}")
+    disk = checks.disk_needed(config, train, normal + abnormal, masks)
+    lines.append(f"disk: up to {size_of(disk)} in {folder}")
+    show("\n".join([*lines, "dry run: nothing was written"]) + "\n")
+
+
+def tell_how_long(config: Any, count: int) -> None:
+    """On a CPU, for steps that take long: the time of the training, before the class centres.
+
+    count: training images.
+    """
+    pixels = 2 * config.classes * config.batch_size * config.image_size**2
+    if config.device != "cpu" or pixels < HEAVY or ranks()[1] > 1:
+        return
+    training = next(_trainings(config, count))
+    if training.total == 0:
+        return
+    per_step = _seconds(training)
+    left = per_step * training.total
+    say(f"one step takes {per_step:.0f} s here, {training.total} steps about {duration(left)}")
+    if left > LONG:
+        say("that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish")
+
+
+def _trainings(config: Any, count: int) -> Iterator[Any]:
+    """Those of a run, on random images in place of `count` decoded ones.
+
+    raises: ValueError if there are too few images.
+    """
+    size = config.image_size
+    image = np.random.default_rng(config.seed).integers(0, 256, (1, 3, size, size), np.uint8)
+    images = np.broadcast_to(image, (count, 3, size, size))
+    local = config.local == "yes" or (config.local == "auto" and size > 64)
+    both = [False, True] if local and config.detector != "padim" else [False]
+    for patches in both:
+        training = Pretraining(images, config, local=patches)
+        width = training.encoder.f_gamma.in_features
+        training.c = torch.nn.functional.normalize(
+            torch.randn(config.classes, width, generator=training.draws(8)), dim=1
+        ).to(training.device)
+        training.centres_due = lambda: False  # type: ignore[method-assign]
+        yield training
+    if config.detector != "padim":
+        networks = [ResNet18().to(config.device) for _ in both]
+        igd = IGD(
+            *networks,
+            image_size=size,
+            epochs=config.igd_epochs,
+            local_epochs=config.igd_local_epochs,
+            batch_size=config.igd_batch_size,
+            patches=config.igd_patches,
+            width=config.igd_width,
+        )
+        for of_igd in igd.trainings(images):
+            of_igd.estimate = lambda: None  # type: ignore[method-assign]
+            for model in igd.models.values():
+                model.sigma2.fill_(1.0)
+                model.mu.fill_(0.0)
+            yield of_igd
+
+
+def _seconds(training: Any) -> float:
+    """Of a step: the second one, for the first fills caches; the first if that takes long."""
+    if training.total == 0:
+        return 0.0
+    took = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        training.update(training.losses())
+        if training.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        if took > 10:
+            break
+    return took
+
+
+def _memory(device: str) -> str:
+    if device != "cpu":
+        return f"{size_of(torch.cuda.max_memory_allocated())} of the GPU"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "what one step needed; see the system's monitor"
+    return size_of(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

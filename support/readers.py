@@ -1,0 +1,161 @@
+"""Reading what a run has written, and refusing what it cannot have: one line, never a traceback.
+
+config.json, results.json and detector files; a checkpoint is checked in training.py, the cache in
+cache.py, data.json in layouts.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from support.progress import say
+from support.run import read_json
+
+CONFIG = {"image_size": int, "seed": int, "data": str}  # what every version has written
+STRINGS = {"commit", "python", "torch", "numpy", "threads"}
+MOST_PIXELS = 4096  # a side
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config.json, {} if there is none.
+
+    raises: ValueError if it is damaged, lacks what every run has, or holds an impossible value.
+    """
+    from support.options import Config  # which reads configs through this module
+
+    path = folder / "config.json"
+    saved = read_json(path)
+    if not saved:
+        if path.is_file():
+            raise ValueError(f"{path}: holds nothing; move it away or begin another run")
+        return saved
+    missing = [name for name in CONFIG if name not in saved]
+    if missing:
+        raise ValueError(
+            f"{path}: has no {', '.join(missing)}: damaged, or of an older version of this program"
+        )
+    fields = Config.__dataclass_fields__
+    for name, value in saved.items():
+        wanted = type(fields[name].default) if name in fields else str
+        if name in fields or name in STRINGS:
+            number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
+            if not (type(value) is wanted or number):
+                kind = {"str": "text", "int": "an integer", "float": "a number"}
+                what = kind.get(wanted.__name__, "true or false")
+                raise ValueError(f"{path}: {name} must be {what}, is {_short(value)}")
+    try:
+        Config(**{name: value for name, value in saved.items() if name in fields})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    window = saved.get("values_shown")
+    if window is not None and not (_is_pair(window) and window[0] < window[1]):
+        raise ValueError(f"{path}: values_shown must be LOW < HIGH, is {_short(window)}")
+    return saved
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+ROW_NUMBERS = ("image_auroc", "specificity", "sensitivity", "accuracy", "threshold")
+ROW_COUNTS = ("validation_normal", "validation_abnormal", "test_normal", "test_abnormal")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """A run's results.json, {} if there is none, without rows of an older version of this program.
+
+    raises: ValueError if a measure in the row of a detector is no finite number.
+    """
+    path = folder / "results.json"
+    results = read_json(path)
+    for name, row in list(results.items()):
+        if not (isinstance(row, dict) and "image_auroc" in row):
+            continue
+        wrong = [key for key in ROW_NUMBERS if not _is_number(row.get(key, 0))]
+        counts = row.get("images", dict.fromkeys(ROW_COUNTS, 0))
+        if not isinstance(counts, dict) or not all(_is_number(counts.get(k)) for k in ROW_COUNTS):
+            wrong.append("images")
+        if not isinstance(row.get("notes", []), list):
+            wrong.append("notes")
+        if not _is_pair(row.get("map_scale", [0, 1])):
+            wrong.append("map_scale")
+        if wrong:
+            raise ValueError(
+                f"{path}: {name} has no usable {', '.join(wrong)}: damaged; evaluate the run again "
+                "without that file"
+            )
+        if not row.keys() >= {*ROW_NUMBERS, "images", "notes"}:
+            say(f"left out: the row {name} of {path}, of an older version of this program")
+            del results[name]
+    seconds = results.get("seconds", {})
+    if not isinstance(seconds, dict) or not all(map(_is_number, seconds.values())):
+        raise ValueError(f"{path}: seconds is damaged; evaluate the run again without that file")
+    return results
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """The tensors of nested dictionaries and lists."""
+    if isinstance(state, Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, Mapping) else state
+    nested = parts if isinstance(state, Mapping | list | tuple) else ()
+    return [tensor for part in nested for tensor in tensors(part)]
+
+
+def all_finite(state: Any) -> bool:
+    """Whether no weight is infinite or NaN."""
+    return all(bool(t.isfinite().all()) for t in tensors(state) if t.is_floating_point())
+
+
+def build_detector(
+    state: Any, kinds: Mapping[str, Any], path: str | Path, device: str | torch.device
+) -> Any:
+    """The detector of a state, tried on an image.
+
+    kinds:  "kind" of a state -> class.
+    raises: ValueError, naming the file, if the state lacks something, does not fit together, or
+            holds what is not finite.
+    """
+    if not isinstance(state, dict) or "kind" not in state:
+        raise ValueError(f"{path}: not a detector file")
+    if not isinstance(state["kind"], str) or state["kind"] not in kinds:
+        raise ValueError(f"{path}: holds a detector of unknown kind {_short(state['kind'])}")
+    kind = kinds[state["kind"]]
+    settings = state.get("settings")
+    size = settings.get("image_size") if isinstance(settings, dict) else state.get("size")
+    if not (type(size) is int and 32 <= size <= MOST_PIXELS):
+        raise ValueError(
+            f"{path}: a detector for images of {_short(size)} pixels, or a damaged one"
+        )
+    if not all_finite(state):
+        raise ValueError(f"{path}: a damaged detector: some weights are not finite")
+    try:
+        detector = kind.of(state, device)
+        maps, scores = detector.score(np.zeros((1, 3, size, size), np.uint8))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever is missing or of another shape
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{path}: a damaged detector, or of another version of this program ({reason[:160]})"
+        ) from None
+    of_size = maps is None or (maps.shape == (1, size, size) and bool(maps.isfinite().all()))
+    if not (of_size and scores.isfinite().all()):
+        raise ValueError(f"{path}: a damaged detector: its scores are not finite")
+    return detector

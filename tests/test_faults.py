@@ -1,0 +1,878 @@
+"""Faults: whatever is wrong, one line that names it; nothing lost, nothing wrong in silence.
+
+Each table below is a list of faults, and each row is one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import lesion, mvtec, picture
+from PIL import Image
+from test_training import Toy
+
+import eval as evaluation
+import pmsacl
+from detectors import PaDiM
+from encoder import ResNet18
+from support import (
+    cache,
+    checks,
+    claim,
+    data,
+    depth,
+    job,
+    layouts,
+    options,
+    phantom,
+    readers,
+    run,
+    training,
+)
+from support import progress as shown
+
+S = 32
+LONGEST = run.LONGEST + 1
+
+
+def line_of(error: BaseException) -> str:
+    """What a program says of it: one line of bounded length."""
+    line = run.one_line("x", error)
+    assert line.endswith("\n") and line.count("\n") == 1 and len(line) <= LONGEST
+    assert "Traceback" not in line
+    return line
+
+
+# --- options -----------------------------------------------------------------------------------
+
+FIELDS = {field.name: field for field in dataclasses.fields(options.Config)}
+OF_FLOATS = ["nan", "inf", "-inf", "1e300", "-1e-9", "x", "", "0,5"]
+OF_INTEGERS = ["-1", "99999999999999999999", "1e3", "1.5", "x", "", "nan"]
+WORDS = ["method", "features", "centres", "aug_head", "strong", "weak", "detector", "local"]
+BAD_OPTIONS = [
+    *((name, v) for name, f in FIELDS.items() if isinstance(f.default, float) for v in OF_FLOATS),
+    *((name, v) for name, f in FIELDS.items() if type(f.default) is int for v in OF_INTEGERS),
+    *((name, v) for name in WORDS for v in ("nonsense", "")),
+    *(("positive_scale", v) for v in ("nan", "inf", "-1e300", "Kappa", "")),
+    *(
+        ("lesion_area", v)
+        for v in ("", "0.1", "0.2,0.1", "nan,1", "0,0.1", "1e-300,1", "a,b", "1,2")
+    ),
+    *(("window", v) for v in ("1", "1,1", "2,1", "nan,1", "0,inf", "a,b", "1,2,3", "-1e308,1e308")),
+    *(("terms", v) for v in ("", "ctr,", "pmsacl ctr", "CTR", "ctr,con")),
+    *(("tau", v) for v in ("1e-30", "0", "1e9")),
+    *(("image_size", v) for v in ("131072", "0", "33", "16")),
+    *(("device", v) for v in ("gpu", "", "cuda:x", "tpu")),
+    *(("preset", v) for v in ("fast", "Quick")),
+    ("data", ""),
+    ("out", ""),
+    ("igd_warmup", "1.5"),
+    ("crop_area", "2"),
+    ("momentum", "1"),
+    ("batch_size", "1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_OPTIONS)
+def test_an_impossible_value_is_refused_with_its_options_name(name, value, tmp_path, capsys):
+    option = f"--{name.replace('_', '-')}"
+    out = [] if name == "out" else ["--out", str(tmp_path / "run")]
+    status = job.main([f"{option}={value}", *out]) if is_parsed(option, value) else 2
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and len(error) <= LONGEST, error
+    assert option in error and not (tmp_path / "run").exists()
+
+
+def is_parsed(option: str, value: str) -> bool:
+    """Whether argparse takes it; what it refuses, it refuses with exit status 2."""
+    try:
+        options.parse([f"{option}={value}"])
+    except SystemExit as ended:
+        assert ended.code == 2
+        return False
+    return True
+
+
+def test_places_that_exclude_one_another(tmp_path):
+    root = mvtec(tmp_path / "data")
+    for out in (root, root / "runs/x", root / "train"):
+        with pytest.raises(ValueError, match="--out"):
+            options.resolve({"data": str(root), "out": str(out)}, None)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="--resume .* leave out --out"):
+        options.resolve({"out": str(tmp_path / "other")}, str(tmp_path / "run"))
+
+
+def test_a_complaint_is_cut_and_stays_one_line():
+    line = run.one_line("pmsacl.py", "a\nb " * 9000)
+    assert line.count("\n") == 1 and len(line) <= LONGEST and line.endswith("(cut)\n")
+
+
+# --- files of a run ------------------------------------------------------------------------------
+
+BROKEN_JSON = [
+    b"", b"{", b"[]", b"1", b"null", b'"text"', b"{}", b"\xff\xfe", b"\x00" * 40, b"[" * 99999,
+    b'{"image_size": 64', b'{"seed": 0}', b"NaN", b'{"image_size": 64, "seed": 0}',
+]  # fmt: skip
+OTHER_TYPES = {
+    str: [None, 3, ["x"]], int: [None, "64", 64.5, True], float: [None, "0.1", [0.1]],
+    bool: [None, "yes", 1],
+}  # fmt: skip
+BAD_CONFIGS = [
+    *((name, value) for name, f in FIELDS.items() for value in OTHER_TYPES[type(f.default)][:2]),
+    *(("image_size", v) for v in (64.5, True, 0, 100, 10**9, -64, [64], {})),
+    *(("tau", v) for v in (0, -1, math.nan, math.inf, [0.1])),
+    *(("seed", v) for v in (-1, 2**64, 1.5)),
+    *(("values_shown", v) for v in ([], [1], "0,1", [0, "1"], [0, math.nan], [1, 1], {"low": 0})),
+    ("threads", 2),
+    ("torch", None),
+]
+
+
+def good_config() -> dict:
+    return dataclasses.asdict(options.make_config({"data": "x"})) | job.versions()
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_CONFIGS)
+def test_a_config_with_an_impossible_value_is_named(name, value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(good_config()))
+    assert readers.read_config(tmp_path)["image_size"] == 256
+    (tmp_path / "config.json").write_text(json.dumps(good_config() | {name: value}))
+    with pytest.raises(ValueError, match="config.json") as caught:
+        readers.read_config(tmp_path)
+    assert name.replace("_", "-") in line_of(caught.value).replace("_", "-")
+
+
+@pytest.mark.parametrize("content", BROKEN_JSON, ids=range(len(BROKEN_JSON)))
+def test_a_broken_config_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json") as caught:
+        options.resolve({}, str(tmp_path))
+    line_of(caught.value)
+
+
+ROW = {
+    **dict.fromkeys(readers.ROW_NUMBERS, 0.5), "notes": [], "map_scale": [0, 1],
+    "images": dict.fromkeys(readers.ROW_COUNTS, 3),
+}  # fmt: skip
+BAD_ROWS = [
+    *((name, v) for name in readers.ROW_NUMBERS[1:] for v in (None, "0.5", math.nan, math.inf)),
+    *(("images", v) for v in (None, {}, 3, [1])),
+    *(("map_scale", v) for v in (None, [1], [0, math.nan], "0 1")),
+    ("notes", None),
+    ("notes", "none"),
+    ("image_auroc", "high"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ROWS)
+def test_a_broken_row_of_results_is_named(name, value, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"padim": ROW}))
+    assert readers.read_results(tmp_path)["padim"] == ROW
+    (tmp_path / "results.json").write_text(json.dumps({"padim": ROW | {name: value}}))
+    with pytest.raises(ValueError, match=f"results.json: padim has no usable {name}") as caught:
+        readers.read_results(tmp_path)
+    line_of(caught.value)
+
+
+def test_a_row_of_an_older_version_is_left_out(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps({"a": ROW, "b": {"image_auroc": 0.5}}))
+    assert readers.read_results(tmp_path) == {"a": ROW}
+    assert "left out: the row b" in capsys.readouterr().err
+
+
+class Wide(Toy):
+    """A toy with a tensor whose bytes can be flipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = torch.arange(300.0)
+
+    def state_dict(self):
+        return super().state_dict() | {"wide": self.wide}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.wide = state["wide"]
+
+
+@pytest.mark.parametrize("part", range(40))
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(part, tmp_path):
+    toy, path = Wide(), tmp_path / "c.pt"
+    training.save(toy, path, {}, [])
+    content = bytearray(path.read_bytes())
+    at = part * len(content) // 40 + 7
+    content[at] ^= 1 << part % 8
+    path.write_bytes(content)
+    other = Wide()
+    other.wide = torch.zeros(300)
+    try:
+        training.load(other, path)
+    except ValueError as error:
+        assert "c.pt" in line_of(error)
+    else:  # a byte that fills up the file or is of no weight
+        assert torch.equal(other.wide, toy.wide) and other.step_done == 0
+
+
+@pytest.fixture(scope="module")
+def pretraining() -> pmsacl.Pretraining:
+    config = options.make_config({
+        "data": "x", "preset": "quick", "image_size": 32, "batch_size": 4, "classes": 2,
+        "epochs": 2, "init": "random",
+    })  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 255, (10, 3, 32, 32), np.uint8)
+    begun = pmsacl.Pretraining(images, config)
+    begun.begin()
+    begun.update(begun.losses())
+    return begun
+
+
+BAD_STATES = [
+    ("step_done", -1), ("step_done", 10**9), ("step_done", "1"), ("step_done", None),
+    ("total", 7), ("c", None), ("spread", "wide"), ("init", 3), ("encoder", {}), ("encoder", None),
+    ("encoder", [1]), ("optimiser", {}), ("optimiser", {"state": {}, "param_groups": []}),
+    ("sums", None), ("log", None), ("log", [1]), ("sums", {"ctr": "x"}), ("collapsed", "no"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_STATES)
+def test_a_checkpoint_that_does_not_fit_is_named(name, value, pretraining, tmp_path, monkeypatch):
+    state = pretraining.state_dict() | {"format": training.FORMAT, "sums": {}, "log": []}
+    for broken in (state | {name: value}, {k: v for k, v in state.items() if k != name}):
+        monkeypatch.setattr(training, "read_saved", lambda *_, broken=broken: broken)
+        begun = copy.copy(pretraining)
+        with pytest.raises(ValueError, match="c.pt: ") as caught:
+            training.load(begun, tmp_path / "c.pt")
+        line_of(caught.value)
+
+
+def test_a_checkpoint_with_a_nan_is_named(pretraining, tmp_path, monkeypatch):
+    state = copy.deepcopy(pretraining.state_dict())
+    state |= {"format": training.FORMAT, "sums": {}, "log": []}
+    state["encoder"]["head.0.bias"][3] = math.nan
+    monkeypatch.setattr(training, "read_saved", lambda *_: state)
+    with pytest.raises(ValueError, match="c.pt: .*not finite"):
+        training.load(copy.copy(pretraining), tmp_path / "c.pt")
+
+
+@pytest.fixture(scope="module")
+def detector_state(tmp_path_factory) -> dict:
+    images = np.random.default_rng(0).integers(0, 255, (6, 3, 32, 32), np.uint8)
+    path = tmp_path_factory.mktemp("detector") / "detector.pt"
+    PaDiM(ResNet18(), channels=6).fit(images).save(path)
+    return torch.load(path, weights_only=True)
+
+
+BAD_DETECTORS = [
+    *(("size", v) for v in (None, "32", 0, -32, 64, 10**9, 32.0)),
+    *(("kind", v) for v in (None, "PaDiM", 3, ["padim"], {})),
+    *(("channels", v) for v in (None, torch.zeros(0), torch.tensor([1, 2]), "x")),
+    *(("mean", v) for v in (None, torch.zeros(3), torch.full((64, 6), math.nan))),
+    *(("whitening", v) for v in (None, torch.zeros(64, 5), torch.full((64, 21), math.inf))),
+    *(("backbone", v) for v in (None, {}, [1])),
+    *(("eps", v) for v in (None, -1.0, math.nan)),
+    *(("sigma", v) for v in ("wide", math.inf)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_DETECTORS)
+def test_a_detector_that_does_not_fit_is_named(name, value, detector_state, tmp_path):
+    without = {key: part for key, part in detector_state.items() if key != name}
+    for broken in (without, without | {name: value}):
+        torch.save(broken, tmp_path / "d.pt")
+        with pytest.raises(ValueError, match="d.pt: ") as caught:
+            evaluation.load(tmp_path / "d.pt")
+        line_of(caught.value)
+
+
+NO_TORCH_FILES = [b"", b"PK\x03\x04", b"hello", b"\x80\x02." * 9, b"\x00" * 5000, b"PK\x05\x06" * 9]
+
+
+@pytest.mark.parametrize("content", NO_TORCH_FILES, ids=range(len(NO_TORCH_FILES)))
+@pytest.mark.parametrize("what", ["detector", "checkpoint", "state dict"])
+def test_what_is_no_torch_file_is_named(what, content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.pt: no {what}, or a damaged one"):
+        run.read_saved(tmp_path / "x.pt", what, "cpu")
+
+
+def test_pipes_folders_and_devices_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            run.read_saved(path, "checkpoint", "cpu")
+        with pytest.raises(ValueError, match="not a regular file"):
+            data.read_image(path, S)
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_a_flipped_bit_in_the_cache_is_noticed_and_decoded_again(part, tmp_path, capsys):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    want = np.array(data.decode(paths, S, tmp_path / "cache")[0])
+    (rows,) = (tmp_path / "cache").glob("*.u8")
+    content = bytearray(rows.read_bytes())
+    content[part * len(content) // 12] ^= 1 << part % 8
+    rows.write_bytes(content)
+    assert (data.decode(paths, S, tmp_path / "cache")[0] == want).all()
+    assert "its content has changed; decoding again" in capsys.readouterr().err
+
+
+BROKEN_MARKERS = [
+    b"", b"{", b"[]", b"{}", b'{"unreadable": []}', b'{"unreadable": {"x": "y"}, "crc32": 0}',
+    b'{"unreadable": {"99": "y"}, "crc32": 0}', b'{"unreadable": {}}', b"[" * 99999,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN_MARKERS, ids=range(len(BROKEN_MARKERS)))
+def test_a_broken_index_of_the_cache_is_made_again(content, tmp_path):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    want = np.array(data.decode(paths, S, tmp_path / "cache")[0])
+    (marker,) = (tmp_path / "cache").glob("*.json")
+    marker.write_bytes(content)
+    assert (data.decode(paths, S, tmp_path / "cache")[0] == want).all()
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "c.pt"
+    run.save_atomically({"w": torch.zeros(10)}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            run.save_atomically({"w": torch.zeros(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    config = options.make_config({"data": "x", "detector": "both"})
+    needed = checks.disk_needed(config, 1000, 100, 100)
+    assert needed > 3 * 256**2 * 1100
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(needed) - 1)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="--out .*GB are free"):
+        checks.check_disk(config, tmp_path / "run/x", (1000, 100, 100))
+    checks.check_disk(config, tmp_path / "run/x", (999, 100, 100))
+    assert not (tmp_path / "run").exists()
+
+
+# --- images and folders ------------------------------------------------------------------------
+
+
+def png(**changes) -> bytes:
+    import io
+
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(
+        content, **{"format": "PNG"} | changes
+    )
+    return content.getvalue()
+
+
+BAD_IMAGES = [
+    ("empty.png", b""), ("text.png", b"hello"), ("html.jpg", b"<html></html>"),
+    ("zeros.tif", b"\x00" * 4000), ("scan.dcm", b"\x00" * 128 + b"DICM" + b"\x00" * 400),
+    ("brain.nii", b"\x5c\x01" + b"\x00" * 400), ("brain.nii.gz", b"\x1f\x8b" + b"\x00" * 40),
+    ("a.npy", b"\x93NUMPY" + b"\x00" * 99), ("a.mha", b"ObjectType = Image\n"),
+    ("a.heic", b"\x00\x00\x00\x18ftypheic"), ("bad\nname.png", b"x"), ("tab\t.png", b"x"),
+    *((f"cut{k}.png", png()[: k * len(png()) // 12]) for k in range(1, 12)),
+    *((f"cut{k}.jpg", png(format="JPEG")[: k * len(png(format="JPEG")) // 8]) for k in range(1, 8)),
+]  # fmt: skip
+CONVERTED = {"dcm": "DICOM", "nii": "NIfTI", "gz": "NIfTI", "npy": "NumPy", "mha": "volume"}
+
+
+@pytest.mark.parametrize(("name", "content"), BAD_IMAGES, ids=[name for name, _ in BAD_IMAGES])
+def test_an_unreadable_image_is_named(name, content, tmp_path, capfd):
+    (tmp_path / name).write_bytes(content)
+    good = picture(tmp_path / "good.png")
+    with pytest.raises(ValueError, match="(?s)1 of 2 files.*--skip-bad") as caught:
+        data.decode([good, tmp_path / name], S, tmp_path / "cache")
+    assert name.split("\n")[0].split("\t")[0] in line_of(caught.value)
+    assert CONVERTED.get(name.rpartition(".")[2], "") in line_of(caught.value)
+    left: list[str] = []
+    images, kept = data.decode(
+        [good, tmp_path / name], S, tmp_path / "cache", skip_bad=True, left_out=left
+    )
+    assert len(images) == 1 and kept.tolist() == [0] and len(left) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_many_unreadable_images_are_a_bounded_complaint(tmp_path, capsys):
+    bad = [tmp_path / f"{'x' * 60}{i}.png" for i in range(60)]
+    for path in bad:
+        path.write_bytes(b"x")
+    good = picture(tmp_path / "good.png")
+    with pytest.raises(ValueError, match="60 of 61 files.*and 50 more") as caught:
+        data.decode([good, *bad], S, tmp_path / "cache")
+    line_of(caught.value)
+    left: list[str] = []
+    data.decode([good, *bad], S, tmp_path / "cache", skip_bad=True, left_out=left)
+    assert len(left) == 60 and capsys.readouterr().err.count("\n") == 21
+
+
+def float_tiff(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(values.astype(np.float32)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("value", [-1.0, -1024.0, math.inf, -math.inf, math.nan])
+def test_values_without_a_meaning_need_a_window(value, tmp_path):
+    values = np.linspace(0, 300, 1600).reshape(40, 40)
+    good = float_tiff(tmp_path / "good.tif", values)
+    values[3, 4] = value
+    bad = float_tiff(tmp_path / "bad.tif", values)
+    with pytest.raises(ValueError, match="bad.tif: holds .* values.*--window LOW,HIGH"):
+        depth.window_of_set([good, bad], "")
+    with pytest.raises(ValueError, match="bad.tif: .*--window LOW,HIGH"):
+        data.read_image(bad, S)
+    window = depth.window_of_set([good, bad], "-100,300")
+    assert window == (-100, 300)
+    image = data.read_image(bad, S, window)
+    assert 60 < image[0, 0, 0] < 70 and image[0, -1, -1] > 250
+
+
+def test_one_bright_pixel_changes_no_other(tmp_path, capsys):
+    deep = np.full((40, 40), 200, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    deep[0, 0] = 4000
+    Image.fromarray(deep).save(tmp_path / "b.png")
+    paths = [tmp_path / "a.png", tmp_path / "b.png", picture(tmp_path / "c.png")]
+    window = depth.window_of_set(paths, "")
+    assert window == (0, 4095) and "2 images of more than 8 bits" in capsys.readouterr().err
+    images, _ = data.decode(paths, S, tmp_path / "cache", window=window)
+    assert images[0, 0, 20, 20] == images[1, 0, 20, 20] == round(200 / 4095 * 255)
+    assert (images[2] == data.read_image(paths[2], S)).all()
+    wide, _ = data.decode(paths, S, tmp_path / "cache", window=(0, 400))
+    assert wide[0, 0, 20, 20] == 128  # another window, another cache
+    assert depth.window_of_set([paths[2]], "") is None
+
+
+BROKEN_LISTS = [
+    "", "[]", "null", "3", '"x"', "{}", '{"train": []}', '{"train": {"0": "a.png"}}',
+    '{"train": {"0": [1]}}', '{"train": {"0": [null]}, "test": {}}',
+    '{"train": {"0": ["a.png"]}, "test": []}', '{"train": {"0": ["a.png"]}}',
+    '{"train": {"0": ["a.png"]}, "test": {"0": "b"}}', '{"train": {"0": [""]}, "test": {}}',
+    '{"train": {"0": ["a.png"]}, "test": {"2": ["a.png"]}}',
+    '{"train": {"0": ["no.png"]}, "test": {}}', '{"train": {"0": ["a\\u0000.png"]}, "test": {}}',
+    '{"train": {"0": [["a.png"]]}, "test": {}}', "[" * 99999,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN_LISTS, ids=range(len(BROKEN_LISTS)))
+def test_a_broken_data_json_is_named(text, tmp_path):
+    picture(tmp_path / "images/a.png")
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ValueError, match="data.json") as caught:
+        layouts.discover(tmp_path)
+    line_of(caught.value)
+
+
+UNKNOWN_NAMES = ["negative", "normals", "ok", "control", "no_finding", "class0", "0", "Gut"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN_NAMES)
+def test_the_names_of_normal_folders_are_listed(name, tmp_path):
+    root = mvtec(tmp_path / "a")
+    (root / "test/good").rename(root / "test" / name)
+    with pytest.raises(ValueError, match=f"Found .*{name}/.*good, healthy, normal") as caught:
+        layouts.discover(root).check_test()
+    line_of(caught.value)
+    root = mvtec(tmp_path / "b")
+    (root / "train/good").rename(root / "train" / name)
+    with pytest.raises(ValueError, match="no training images.*good, healthy, normal"):
+        layouts.discover(root)
+
+
+@pytest.mark.parametrize(("normal", "abnormal"), [(0, 3), (1, 3), (3, 1), (3, 0), (1, 1)])
+def test_two_test_images_of_each_class_are_needed(normal, abnormal, tmp_path):
+    root = mvtec(tmp_path)
+    shutil.rmtree(root / "ground_truth")
+    for folder, count in (("good", normal), ("polyp", abnormal)):
+        for path in sorted((root / "test" / folder).iterdir())[count:]:
+            path.unlink()
+    with pytest.raises(ValueError, match=f"{normal} normal and {abnormal} abnormal.*two images"):
+        layouts.discover(root).check_test()
+
+
+@pytest.mark.parametrize("ending", ["dcm", "DCM", "nii", "nii.gz", "mha", "nrrd", "npy", "heic"])
+def test_other_kinds_of_files_are_named_with_a_way_to_convert_them(ending, tmp_path):
+    (tmp_path / f"scan.{ending}").write_bytes(b"x")
+    with pytest.raises(ValueError, match="1 .* files are not read: write PNG files first, by"):
+        layouts.discover(tmp_path)
+    root = mvtec(tmp_path / "set")
+    (root / f"train/good/scan.{ending}").write_bytes(b"x")
+    assert "write PNG files first" in " ".join(checks.check_unused(layouts.discover(root)))
+
+
+def test_links_that_go_round_count_once(tmp_path):
+    root = mvtec(tmp_path)
+    (root / "train/good/loop").symlink_to(root / "train/good", target_is_directory=True)
+    (root / "train/good/up").symlink_to(root, target_is_directory=True)
+    (root / "test/polyp/loop").symlink_to(".", target_is_directory=True)
+    found = layouts.discover(root)
+    assert [path.name for path in found.train] == ["0.png", "1.png", "2.png"]
+    assert len(found.test) == 6
+
+
+def test_a_whole_disk_is_no_data_set(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}/{i}").mkdir(parents=True)
+    assert len(list(layouts.walk(tmp_path, most=25))) == 25
+    with pytest.raises(ValueError, match="more than 24 folders; name the data set"):
+        list(layouts.walk(tmp_path, most=24))
+
+
+def test_what_is_not_used_is_said(tmp_path, monkeypatch):
+    root = mvtec(tmp_path)
+    picture(root / "test/stray.png")
+    picture(root / "train/polyp/x.png")
+    picture(root / "train/beside.png")
+    notes = " ".join(checks.check_unused(layouts.discover(root)))
+    assert "3 images are not used: 1 in test/, 1 in train/, 1 in train/polyp/" in notes
+    scan, closed = os.scandir, str(root / "test/polyp")
+
+    def refused(path):
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    dataset = layouts.Dataset("MVTec", root, (), ())
+    assert f"cannot be read: {closed}" in " ".join(checks.check_unused(dataset))
+
+
+def test_accents_are_the_same_however_they_are_stored(tmp_path):
+    composed = unicodedata.normalize("NFC", "pólyp")
+    apart = unicodedata.normalize("NFD", "pólyp")
+    assert composed != apart
+    for i in range(2):
+        picture(tmp_path / f"train/good/{i}.png", i)
+        picture(tmp_path / f"test/good/{i}.png", 5 + i)
+        picture(tmp_path / f"test/{composed}/{composed}{i}.png", 8 + i)
+        lesion(tmp_path / f"ground_truth/{apart}/{apart}{i}_mask.png")
+    assert all(s.mask for s in layouts.discover(tmp_path).test if s.label)
+    other = tmp_path / "list"
+    picture(other / f"images/{apart}.png")
+    (other / "data.json").write_text(json.dumps({"train": {"0": [f"{composed}.png"]}, "test": {}}))
+    assert layouts.discover(other).train[0].is_file()
+
+
+# --- content -----------------------------------------------------------------------------------
+
+COPIES = [
+    ("train/good/0.png", "test/good/x.png", "1 test images also train"),
+    ("train/good/0.png", "test/polyp/x.png", "1 test images also train"),
+    ("test/good/0.png", "test/polyp/x.png", "1 images have both labels"),
+    ("test/polyp/0.jpg", "test/good/x.jpg", "1 images have both labels"),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "said"), COPIES)
+@pytest.mark.parametrize("link", [False, True])
+def test_the_same_image_in_two_sets_is_refused(source, target, said, link, tmp_path):
+    root = mvtec(tmp_path)
+    assert checks.check_content(layouts.discover(root), allow=False) == []
+    (root / target).hardlink_to(root / source) if link else shutil.copy(
+        root / source, root / target
+    )
+    with pytest.raises(ValueError, match=f"{said}: .*--allow-duplicates") as caught:
+        checks.check_content(layouts.discover(root), allow=False)
+    assert Path(source).name in line_of(caught.value) and Path(target).name in str(caught.value)
+    assert said in checks.check_content(layouts.discover(root), allow=True)[0]
+
+
+def test_a_file_listed_twice_is_refused_and_a_copy_in_its_class_said(tmp_path):
+    root = mvtec(tmp_path)
+    shutil.copy(root / "train/good/0.png", root / "train/good/copy.png")
+    assert "1 images have copies" in checks.check_content(layouts.discover(root), allow=False)[0]
+    (root / "train/good/again.png").symlink_to(root / "train/good/1.png")
+    with pytest.raises(ValueError, match="1 files are listed twice: .*again.png"):
+        checks.check_content(layouts.discover(root), allow=False)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_need_both_kinds_of_pixels(value, tmp_path):
+    found = layouts.discover(mvtec(tmp_path))
+    masks = np.zeros((6, S, S), np.uint8)
+    masks[3:] = value > 0
+    known = np.ones(6, bool)
+    with pytest.raises(ValueError, match="all 3 masks hold .*0_mask.png"):
+        checks.check_masks(found.test, masks, known)
+    masks[4, :, : S // 2] = 1
+    masks[4, :, S // 2 :] = 0
+    assert "2 masks hold" in checks.check_masks(found.test, masks, known)[0]
+
+
+# --- a folder belongs to one process -------------------------------------------------------------
+
+
+def test_a_live_run_is_refused_and_nothing_of_it_is_touched(tmp_path, capsys):
+    folder = tmp_path / "run"
+    root = mvtec(tmp_path / "data")
+    with claim.claimed(lambda: ("config", folder), resumed=False):
+        (folder / "config.json").write_text(json.dumps(good_config() | {"data": str(root)}))
+        before = sorted(folder.iterdir())
+        assert job.main(["--resume", str(folder)]) == 2
+        assert f"belongs to process {os.getpid()}" in capsys.readouterr().err
+        assert job.main(["--data", str(root), "--out", str(folder)]) == 2
+        assert "exists; add --resume" in capsys.readouterr().err
+        assert sorted(folder.iterdir()) == before
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+HOST = {"host": "elsewhere"}
+STALE = [
+    {"pid": 2**22 + 5}, {"boot": "another"}, {"began": "1"}, {"pid": "x"}, {"pid": -1},
+    {"pid": None}, {"pid": 2**70},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", STALE)
+@pytest.mark.parametrize("system", [True, False])
+def test_a_stale_lock_is_taken_over(changes, system, tmp_path, monkeypatch):
+    if not system:  # without the system's locks the text has to do
+        monkeypatch.setattr(claim, "_system_lock", lambda file: None)
+    (tmp_path / claim.LOCK).write_text(json.dumps(claim._self() | changes))
+    held = claim.Claim(tmp_path, resumed=True)
+    assert claim.holder(tmp_path / claim.LOCK) == claim._self()
+    held.release()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00" * 9, "null"])
+def test_a_lock_that_is_cut_short_is_nobodys(text, tmp_path):
+    (tmp_path / claim.LOCK).write_text(text)
+    claim.Claim(tmp_path, resumed=True).release()
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_a_lock_of_another_host_or_of_this_process_stands(system, tmp_path, monkeypatch):
+    (tmp_path / claim.LOCK).write_text(json.dumps(claim._self() | HOST))
+    if not system:
+        monkeypatch.setattr(claim, "_system_lock", lambda file: None)
+    with pytest.raises(ValueError, match="on elsewhere; if that has ended, delete .*run.lock"):
+        claim.Claim(tmp_path, resumed=True)
+    (tmp_path / claim.LOCK).unlink()
+    held = claim.Claim(tmp_path, resumed=True)
+    with pytest.raises(ValueError, match="which is running"):
+        claim.Claim(tmp_path, resumed=True)
+    held.release()
+
+
+def test_cleaning_up_leaves_what_this_process_did_not_make(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/of-another-run").touch()
+    with pytest.raises(ValueError), claim.claimed(lambda: (0, tmp_path), resumed=True):
+        (tmp_path / "config.json").touch()
+        (tmp_path / "the-users.txt").touch()
+        raise ValueError
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "cache", "of-another-run", "the-users.txt",
+    ]  # fmt: skip
+    with pytest.raises(ValueError), claim.claimed(lambda: (0, tmp_path / "new"), resumed=False):
+        (tmp_path / "new/figures").mkdir()
+        raise ValueError
+    assert not (tmp_path / "new").exists()
+
+
+def test_of_two_runs_without_a_name_each_gets_its_own(tmp_path):
+    names = iter(["a", "a", "b"])
+
+    def choose() -> tuple[int, Path]:
+        return 0, tmp_path / next(names)
+
+    with claim.claimed(choose, resumed=False, named=False) as (_, one):
+        (one / "config.json").touch()
+        with claim.claimed(choose, resumed=False, named=False) as (_, two):
+            assert (one.name, two.name) == ("a", "b")
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+class Signalled(Toy):
+    """Receives a signal in its third step."""
+
+    number = signal.SIGTERM
+
+    def update(self, terms):
+        if self.step_done == 2:
+            os.kill(os.getpid(), self.number)
+        super().update(terms)
+
+
+@pytest.mark.parametrize("number", claim.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_ends_a_training_after_its_step_with_a_checkpoint(number, tmp_path):
+    toy = Signalled()
+    toy.number = number
+    with claim.signals(), pytest.raises(KeyboardInterrupt):
+        training.train(toy, tmp_path / "c.pt", tmp_path / "log.csv")
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step_done"] == 3
+    again, whole = Toy(), Toy()
+    training.train(again, tmp_path / "c.pt", tmp_path / "log.csv")
+    training.train(whole, tmp_path / "whole.pt", tmp_path / "whole.csv")
+    assert torch.equal(again.w, whole.w)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    class Twice(Signalled):
+        def update(self, terms):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with claim.signals(), pytest.raises(KeyboardInterrupt):
+        training.train(Twice(), tmp_path / "c.pt", tmp_path / "log.csv")
+    assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_signal_that_nohup_ignores_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with claim.signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that was not stopped; its images are beside it."""
+    root = tmp_path_factory.mktemp("whole")
+    phantom.draw(root / "data", train=10, good=4, abnormal=4, size=32)
+    assert job.main(["--data", str(root / "data"), "--out", str(root / "run"), *TINY]) == 0
+    return root / "run"
+
+
+PHASES = {
+    "decoding": (cache, "_read_all"),
+    "centres": (pmsacl, "class_centres"),
+    "training": (pmsacl.Pretraining, "update"),
+    "fitting": (PaDiM, "embeddings"),
+    "evaluating": (evaluation, "protocol"),
+    "writing": (evaluation, "write_scores"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_that_sigterm_ends_goes_on_as_if_nothing_had_happened(
+    phase, whole, tmp_path, monkeypatch
+):
+    arguments = ["--data", str(whole.parent / "data"), "--out", str(tmp_path / "run"), *TINY]
+    where, name = PHASES[phase]
+    original = getattr(where, name)
+
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, interrupted)
+        assert job.main(arguments) == 130
+    begun = (tmp_path / "run/config.json").exists()
+    assert begun or not (tmp_path / "run").exists()
+    assert job.main([*arguments, *["--resume"] * begun]) == 0
+    for name in ("encoder.pt", "detector.pt"):
+        one, two = (torch.load(f / name, weights_only=True) for f in (whole, tmp_path / "run"))
+        pairs = zip(readers.tensors(one), readers.tensors(two), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert (whole / "scores.csv").read_text() == (tmp_path / "run/scores.csv").read_text()
+    assert not [
+        p for p in (tmp_path / "run").rglob("*") if ".part" in p.name or p.suffix == ".lock"
+    ]
+
+
+# --- the screen and the locale -------------------------------------------------------------------
+
+
+class Gone:
+    """A screen whose reader has gone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def write(self, _text: str) -> None:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+    def fileno(self) -> int:
+        return self.number
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_a_reader_that_has_gone_ends_nothing(monkeypatch, tmp_path):
+    with open(tmp_path / "screen", "wb") as screen:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(shown.sys, name, Gone(screen.fileno()))
+        shown.say("hello")
+        shown.show("hello")
+        assert list(shown.progress(range(3), 3, "reading")) == [0, 1, 2]
+        assert shown.complain("x", "y") == 2
+
+
+def test_names_that_are_no_utf8_survive(tmp_path):
+    try:
+        picture(tmp_path / "data/train/good/a.png")
+        name = os.fsdecode(b"caf\xe9.png")
+        shutil.copy(tmp_path / "data/train/good/a.png", tmp_path / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    images, _ = data.decode([tmp_path / name], S, tmp_path / "cache")
+    assert len(images) == 1
+    run.write_file(tmp_path / "x.md", run.encoded(name))
+    assert (tmp_path / "x.md").read_bytes() == b"caf\xe9.png"
+    assert run.read_text(tmp_path / "x.md") == name
+
+
+def test_another_number_of_threads_is_said(capsys):
+    checks.check_threads({"threads": str(torch.get_num_threads())})
+    assert capsys.readouterr().err == ""
+    checks.check_threads({"threads": "77"})
+    assert "begun with 77 threads" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert job.main(["--data", str(whole.parent / "data"), "--dry-run", *TINY]) == 0
+    text = capsys.readouterr().out
+    assert "10 healthy training images, 4 normal and 4 abnormal test images, 4 masks" in text
+    for part in ("pmsacl: 4 steps of 4 images", "time: about", "memory: about", "disk: up to"):
+        assert part in text, text
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_to_blame_is_named(pretraining, tmp_path):
+    begun = copy.copy(pretraining)
+    begun.step_done = 0
+    assert "not to blame" in training._remedy(begun, tmp_path / "c.pt")
+    begun.step_done = 1
+    assert "lower --lr (" in training._remedy(begun, tmp_path / "c.pt")
+    begun.config = dataclasses.replace(begun.config, weight_decay=1.0)
+    begun.start_rate = 1000.0
+    assert "lower --weight-decay (1)" in training._remedy(begun, tmp_path / "c.pt")
+    weights = ResNet18().state_dict()
+    weights["conv1.weight"][0, 0, 0, 0] = math.nan
+    torch.save(weights, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match="--init .*nan.pt: some weights are infinite or NaN"):
+        training.start_weights(ResNet18(), str(tmp_path / "nan.pt"))
