@@ -300,8 +300,7 @@ def dot_chart(
 
     right = left + WIDTH
     notes, heads = textwrap.wrap(note, right // 7), textwrap.wrap(title, right // 10)
-    top = 70 + 24 * len(heads)
-    bottom = top + ROW * len(values)
+    top, bottom = 70 + 24 * len(heads), 70 + 24 * len(heads) + ROW * len(values)
     legend = 330 + sum(44 + int(small.getlength(name)) for name in printed)
     size = max(right + 40, legend), bottom + 60 + 18 * len(notes)
     sheet = Image.new("RGB", size, "white")

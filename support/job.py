@@ -131,11 +131,10 @@ def main_job(config: Config, folder: Path) -> None:
         return  # the detectors are one process's work
     save_atomically(encoder.backbone.state_dict(), folder / "encoder.pt")
     draw_views(images, config, folder)
-
-    fakes = watch_fake_lesions(encoder, images, config)
-    detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
-    extra |= {"fake_lesions": fakes, "data_notes": list(images.notes)}
+    extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
+    extra["data_notes"] = list(images.notes)
+    detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     if images.test is None:
         write_results(folder, extra)
         write_report(folder, images.dataset, extra)
