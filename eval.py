@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from detectors import PaDiM
+from encoder import ResNet18
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
 from support import data, figures, layouts
+from support.compared import COMPARED
 from support.progress import progress, say
 from support.run import Parser, pick_device, read_json, read_saved, write_file
 from support.tables import measured, origin, write_results, write_scores
@@ -32,7 +34,6 @@ VALIDATION = 50  # images of each class that set the thresholds              [P:
 GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]
 GROUP_SIZE = 100  # images                                                   [P:§4.5.1]
 BATCH_SIZE = 8  # images scored at a time
-DETECTOR_FILES = ("detector.pt", "detector_igd.pt")  # of a run
 MAPS_FOR_SCALE = 64  # new images whose heat maps set the colour scale if there are no test images
 MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: heat maps of a larger set are kept in a temporary file
 
@@ -252,20 +253,20 @@ def evaluate(
     return results
 
 
-def load(path: str | Path, device: str = "cpu") -> PaDiM | IGD:
+def load(path: str | Path, device: str = "cpu") -> Any:
     """The detector that a file holds, by its "kind".   raises: ValueError, or OSError."""
     state = read_saved(path, "detector", device)
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path}: not a detector file")
-    kinds: dict[str, type[PaDiM] | type[IGD]] = {"padim": PaDiM, "igd": IGD}
-    if state["kind"] not in kinds:
+    kind: Any = ({"padim": PaDiM, "igd": IGD} | COMPARED).get(state["kind"])
+    if kind is None:
         raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
-    return kinds[state["kind"]].of(state, device)
+    return kind.of(state, ResNet18().to(device) if getattr(kind, "pretrained", False) else device)
 
 
 def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run's config, its results (empty if there are none) and its detectors by name."""
-    files = [path for name in DETECTOR_FILES if (path := folder / name).is_file()]
+    files = sorted(folder.glob("detector*.pt"))  # detector.pt comes first
     config = read_json(folder / "config.json")
     if not files or "image_size" not in config:
         raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")

@@ -30,6 +30,7 @@ from typing import Any
 
 from baselines.strong import STRONG
 from support import layouts
+from support.compared import chosen
 from support.figures import dot_chart, png
 from support.job import main_job
 from support.options import Config, make_config, parse
@@ -126,7 +127,7 @@ def _deciding(config: Config) -> set[str]:
     """The options that decide a run's results; runs of another device are reused."""
     names = Config.__dataclass_fields__.keys() - {"out", "device", "preset"}
     of_igd = {name for name in names if name.startswith(("igd_", "local"))}
-    return names - of_igd if config.detector == "padim" else names
+    return names - of_igd if "igd" not in chosen(config.detector) else names
 
 
 def _dataset(config: Config) -> str:

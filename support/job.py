@@ -28,6 +28,7 @@ from eval import evaluate
 from igd import IGD
 from pmsacl import pretrain, strong_set
 from support import data, layouts, phantom
+from support.compared import chosen, fit
 from support.figures import image_grid, png
 from support.options import Config, parse, resolve
 from support.progress import progress, say
@@ -108,7 +109,7 @@ def main_job(config: Config, folder: Path) -> None:
     began = time.monotonic()
     encoder, init = pretrain(images.train, config, folder)
     patches = None  # the encoder of IGD's local model
-    if config.detector != "padim" and has_local_model(config):
+    if "igd" in chosen(config.detector) and has_local_model(config):
         patches, _ = pretrain(images.train, config, folder, local=True)
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
@@ -155,17 +156,19 @@ def fit_detectors(
     seconds: receives how long each took.
     """
     detectors: dict[str, Any] = {}
-    if config.detector in ("padim", "both"):
+    for name in chosen(config.detector):
         began = time.monotonic()
-        detectors["padim"] = fit_padim(encoder.backbone, images.train, config)
-        save_detector(detectors["padim"], folder / "detector.pt")
-        seconds["padim"] = time.monotonic() - began
-    if config.detector in ("igd", "both"):
-        began = time.monotonic()
-        detectors["igd"] = fit_igd(encoder, patches, images, config, folder)
-        name = "detector_igd.pt" if "padim" in detectors else "detector.pt"
-        save_detector(detectors["igd"], folder / name)
-        seconds["igd"] = time.monotonic() - began
+        if name == "padim":
+            detector: Any = fit_padim(encoder.backbone, images.train, config)
+        elif name == "igd":
+            detector = fit_igd(encoder, patches, images, config, folder)
+        else:
+            detector = fit(name, encoder.backbone, images.train, dataclasses.asdict(config), folder)
+        if hasattr(detector, "reconstruct"):
+            draw_reconstructions(name, detector, images, folder)
+        save_detector(detector, folder / (f"detector_{name}.pt" if detectors else "detector.pt"))
+        seconds[name] = time.monotonic() - began
+        detectors[name] = detector
     untrained = ResNet18(seeded(config.seed, 2)).to(config.device).eval()
     detectors["untrained"] = fit_padim(untrained, images.train, config)
     return detectors
@@ -189,7 +192,7 @@ def save_detector(detector: Any, path: Path) -> None:
 def fit_igd(
     encoder: Encoder, patches: Encoder | None, images: Images, config: Config, folder: Path
 ) -> IGD:
-    """IGD from the pre-trained encoders; its logs and a figure of reconstructions.   [P:§3.3]"""
+    """IGD from the pre-trained encoders; its logs.   [P:§3.3]"""
     igd = IGD(
         encoder.backbone,
         patches.backbone if patches else None,
@@ -208,7 +211,6 @@ def fit_igd(
         local = training.name.endswith("local")
         checkpoint = folder / ("checkpoint_igd_local.pt" if local else "checkpoint_igd.pt")
         train(training, checkpoint, folder / f"log_igd_{'local' if local else 'global'}.csv")
-    draw_reconstructions(igd, images, folder)
     return igd
 
 
@@ -246,21 +248,22 @@ def draw_views(images: Images, config: Config, folder: Path) -> None:
     write_file(folder / "figures" / f"{config.strong}.png", png(grid))
 
 
-def draw_reconstructions(igd: IGD, images: Images, folder: Path) -> None:
-    """figures/reconstruction_igd.png: image, reconstruction and their difference."""
+def draw_reconstructions(name: str, detector: Any, images: Images, folder: Path) -> None:
+    """figures/reconstruction_NAME.png: image, reconstruction and their difference."""
     shown = images.train[:6]
     if images.test is not None:  # three healthy images, three with lesions
         labels = np.array([sample.label for sample in images.dataset.test])
         chosen = np.r_[np.flatnonzero(labels == 0)[:3], np.flatnonzero(labels)[:3]]
         shown = images.test[np.sort(chosen)]
-    x = to_unit(shown, igd.device)
-    x_tilde = igd.reconstruct(x)
+    x = to_unit(shown, detector.device)
+    with torch.no_grad():
+        x_tilde = detector.reconstruct(x)
     cells = [
         [(row * 255).byte().cpu().numpy() for row in rows]
         for rows in (x, x_tilde, (x - x_tilde).abs())
     ]
-    grid = image_grid(cells, rows=("image", "reconstruction", "difference"), title="IGD")
-    write_file(folder / "figures" / "reconstruction_igd.png", png(grid))
+    grid = image_grid(cells, rows=("image", "reconstruction", "difference"), title=name)
+    write_file(folder / "figures" / f"reconstruction_{name}.png", png(grid))
 
 
 # --- the command -------------------------------------------------------------------------------

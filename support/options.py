@@ -15,6 +15,7 @@ from typing import Any
 from baselines.pretraining import METHODS
 from baselines.strong import STRONG, TILES
 from igd import IGD
+from support.compared import NAMES, chosen
 from support.run import Parser, pick_device, read_json
 
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order
@@ -101,7 +102,10 @@ class Config:
     momentum: float = _option(0.9, "of SGD", least=0)  # [P!§4.2 R15]
     weight_decay: float = _option(3e-4, "of SGD", least=0)  # [P!§4.2 R15]
     # detectors
-    detector: str = _option("padim", "what scores the images", ["padim", "igd", "both"])
+    detector: str = _option("padim", f"what scores the images: both, or some of {','.join(NAMES)}")
+    detector_epochs: int = _option(0, "of each compared detector; 0: its own", least=0)
+    detector_lr: float = _option(0.0, "of each compared detector; 0: its own", least=0)
+    denoise: float = _option(0.0, "share of pixels hidden from dae in training", least=0, most=1)
     local: str = _option("auto", "IGD's local model; auto: above 64 px", ["auto", "yes", "no"])
     igd_epochs: int = _option(IGD.epochs, "of IGD's global model", least=1)  # [P!§4.2 R21]
     igd_local_epochs: int = _option(IGD.local_epochs, "of its local model", least=1)
@@ -125,6 +129,7 @@ class Config:
         _check_method(self)
         positive_scale(self)  # a word or a number
         lesion_area(self)  # two numbers
+        chosen(self.detector)  # names
 
     def names_of_terms(self, local: bool) -> tuple[str, ...]:
         """Of eq. 1, for the encoder of images or for that of patches."""
