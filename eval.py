@@ -258,8 +258,7 @@ def load(path: str | Path, device: str = "cpu") -> Any:
     state = read_saved(path, "detector", device)
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path}: not a detector file")
-    kind: Any = ({"padim": PaDiM, "igd": IGD} | COMPARED).get(state["kind"])
-    if kind is None:
+    if (kind := ({"padim": PaDiM, "igd": IGD} | COMPARED).get(state["kind"])) is None:
         raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
     return kind.of(state, ResNet18().to(device) if getattr(kind, "pretrained", False) else device)
 

@@ -125,9 +125,12 @@ def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
 
 def _deciding(config: Config) -> set[str]:
     """The options that decide a run's results; runs of another device are reused."""
-    names = Config.__dataclass_fields__.keys() - {"out", "device", "preset"}
-    of_igd = {name for name in names if name.startswith(("igd_", "local"))}
-    return names - of_igd if "igd" not in chosen(config.detector) else names
+    detectors, without = set(chosen(config.detector)), {"out", "device"}
+    without |= {"preset"} if detectors <= {"padim", "igd"} else set()  # others have their own
+    prefixes = () if "igd" in detectors else ("igd_", "local")
+    return {
+        n for n in Config.__dataclass_fields__ if n not in without and not n.startswith(prefixes)
+    }
 
 
 def _dataset(config: Config) -> str:

@@ -23,8 +23,8 @@ from baselines.steps import Detector, Terms, Training, autocast, stages
 AREA = (0.02, 0.15)  # of a CutPaste patch, shares of the image                        [C:§A]
 ASPECT = (0.3, 3.3)  # uniform below 1 or above 1, with equal chances                  [C:§A]
 SCAR_WIDTH, SCAR_LENGTH = (2, 16), (10, 25)  # pixels at S = 256                       [C:§A]
-JITTER = 0.1  # of brightness, contrast and saturation                              [C:§A R23]
-KEPT = 20_000  # patches that their Gaussian is estimated from, at most                 [R23]
+JITTER = 0.1  # of brightness, contrast and saturation                       [P!§4.4.1 R23]
+KEPT = 20_000  # patches that their Gaussian is estimated from, at most      [P!§4.4.1 R23]
 
 
 def paste(
