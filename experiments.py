@@ -30,7 +30,7 @@ from typing import Any
 
 from baselines.strong import STRONG
 from support import layouts
-from support.compared import chosen
+from support.compared import deciding
 from support.figures import dot_chart, png
 from support.job import main_job
 from support.options import Config, make_config, parse
@@ -113,24 +113,14 @@ def folder_of(config: Config, out: Path) -> Path:
     for file in sorted(out.glob("*/config.json")):
         if _has_settings(config, read_json(file)):
             return file.parent
-    settings = {name: getattr(config, name) for name in _deciding(config)}
+    settings = {name: getattr(config, name) for name in deciding(config)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return out / f"{_dataset(config)}-{config.method}-{digest}-seed{config.seed}"
 
 
 def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
     """Whether a saved config.json has these settings; one that it lacks had its default."""
-    return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in _deciding(config))
-
-
-def _deciding(config: Config) -> set[str]:
-    """The options that decide a run's results; runs of another device are reused."""
-    detectors, without = set(chosen(config.detector)), {"out", "device"}
-    without |= {"preset"} if detectors <= {"padim", "igd"} else set()  # others have their own
-    prefixes = () if "igd" in detectors else ("igd_", "local")
-    return {
-        n for n in Config.__dataclass_fields__ if n not in without and not n.startswith(prefixes)
-    }
+    return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in deciding(config))
 
 
 def _dataset(config: Config) -> str:

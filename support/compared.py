@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def chosen(detector: str) -> tuple[str, ...]:
     if not set(names) <= set(NAMES) or len(set(names)) < len(names):
         raise ValueError(f"--detector must be both, or some of {', '.join(NAMES)} with commas")
     return names
+
+
+def deciding(config: Any) -> set[str]:
+    """The options that decide a run's results; runs of another device are the same."""
+    detectors, without = set(chosen(config.detector)), {"out", "device"}
+    if detectors <= {"padim", "igd"}:  # the preset sets their options, and others' settings itself
+        without |= {"preset", "detector_epochs", "detector_lr", "denoise"}
+    prefixes = () if "igd" in detectors else ("igd_", "local")
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name for name in names - without if not name.startswith(prefixes)}
 
 
 def fit(

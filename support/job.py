@@ -39,6 +39,7 @@ from support.run import (
     make_folder,
     ranks,
     read_json,
+    read_saved,
     replacing,
     save_atomically,
     write_file,
@@ -107,14 +108,16 @@ def main_job(config: Config, folder: Path) -> None:
     say(plan(config, images, folder))
 
     began = time.monotonic()
-    encoder, init = pretrain(images.train, config, folder)
+    encoder, init = pretrained(images.train, config, folder)
     patches = None  # the encoder of IGD's local model
     if "igd" in chosen(config.detector) and has_local_model(config):
-        patches, _ = pretrain(images.train, config, folder, local=True)
+        patches, _ = pretrained(images.train, config, folder, local=True)
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return  # the detectors are one process's work
     save_atomically(encoder.backbone.state_dict(), folder / "encoder.pt")
+    if patches:
+        save_atomically(patches.backbone.state_dict(), folder / "encoder_local.pt")
     draw_views(images, config, folder)
 
     detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
@@ -136,6 +139,26 @@ def main_job(config: Config, folder: Path) -> None:
     )
     print((folder / "results.md").read_text(), end="")
     say(f"weights, scores and figures are in {folder}")
+
+
+def pretrained(
+    images: np.ndarray, config: Config, folder: Path, *, local: bool = False
+) -> tuple[Encoder, str]:
+    """The pre-trained encoder and what it began with; with --encoder, that of the other run.
+
+    raises: ValueError or OSError if that run has no such encoder, or as `pretrain`.
+    """
+    if not config.encoder:
+        return pretrain(images, config, folder, local=local)
+    file, encoder = Path(config.encoder, "encoder_local.pt" if local else "encoder.pt"), Encoder()
+    if not file.is_file():
+        of_patches = "; it was run without IGD's local model" * local
+        raise ValueError(f"--encoder {config.encoder}: there is no {file.name} here{of_patches}")
+    try:
+        encoder.backbone.load_state_dict(read_saved(file, "encoder", "cpu"))
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{file}: no state dict of a resnet18") from None
+    return encoder.to(config.device).eval(), f"the encoder of {Path(config.encoder).name}"
 
 
 def has_local_model(config: Config) -> bool:

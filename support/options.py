@@ -93,6 +93,7 @@ class Config:
     )
     jitter: float = _option(1.0, "factor of the colour jitter", least=0)  # [P!§4.2 R16]
     # pre-training: the optimiser
+    encoder: str = _option("", "another run, whose encoders are taken instead of training")
     init: str = _option("auto", "start weights: auto, imagenet, random or a FILE")  # [P!§4.2 R14]
     epochs: int = _option(2000, "passes over the images", least=1)  # [P!§4.2 R15]
     batch_size: int = _option(32, "images; views are 2 |A| times as many", least=2)  # [P:§4.2]
@@ -102,7 +103,7 @@ class Config:
     momentum: float = _option(0.9, "of SGD", least=0)  # [P!§4.2 R15]
     weight_decay: float = _option(3e-4, "of SGD", least=0)  # [P!§4.2 R15]
     # detectors
-    detector: str = _option("padim", f"what scores the images: both, or some of {','.join(NAMES)}")
+    detector: str = _option("padim", f"what scores the images: both, or some of {', '.join(NAMES)}")
     detector_epochs: int = _option(0, "of each compared detector; 0: its own", least=0)
     detector_lr: float = _option(0.0, "of each compared detector; 0: its own", least=0)
     denoise: float = _option(0.0, "share of pixels hidden from dae in training", least=0, most=1)
@@ -140,7 +141,7 @@ GROUPS = {  # titles of --help -> the first option of each group
     "images and results": "data",
     "pre-training: the loss": "method",
     "pre-training: the views": "strong",
-    "pre-training: the optimiser": "init",
+    "pre-training: the optimiser": "encoder",
     "detectors": "detector",
     "the machine": "seed",
 }
@@ -246,8 +247,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         "--resume", nargs="?", const="", metavar="RUN", help="go on with this run (default: --out)"
     )
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    if options.get("data"):
-        options["data"] = str(Path(options["data"]).resolve())  # a run may go on from elsewhere
+    for name in {"data", "encoder"} & {name for name in options if options[name]}:
+        options[name] = str(Path(options[name]).resolve())  # a run may go on from elsewhere
     if options.pop("as_printed"):
         options = AS_PRINTED | options
     return options, options.pop("resume", None)
