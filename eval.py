@@ -34,6 +34,7 @@ VALIDATION = 50  # images of each class that set the thresholds              [P:
 GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]
 GROUP_SIZE = 100  # images                                                   [P:§4.5.1]
 BATCH_SIZE = 8  # images scored at a time
+KINDS: dict[str, Any] = {"padim": PaDiM, "igd": IGD, **COMPARED}  # of detectors
 MAPS_FOR_SCALE = 64  # new images whose heat maps set the colour scale if there are no test images
 MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: heat maps of a larger set are kept in a temporary file
 
@@ -258,7 +259,7 @@ def load(path: str | Path, device: str = "cpu") -> Any:
     state = read_saved(path, "detector", device)
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path}: not a detector file")
-    if (kind := ({"padim": PaDiM, "igd": IGD} | COMPARED).get(state["kind"])) is None:
+    if (kind := KINDS.get(state["kind"])) is None:
         raise ValueError(f"{path}: holds a detector of unknown kind {state['kind']!r}")
     return kind.of(state, ResNet18().to(device) if getattr(kind, "pretrained", False) else device)
 

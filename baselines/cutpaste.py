@@ -1,8 +1,7 @@
 """CutPaste: tell images from those with a moved patch, then a Gaussian of the features.   [P:Tab.1]
 
 Li et al., "CutPaste: Self-Supervised Learning for Anomaly Detection and Localization", CVPR 2021:
-`[C:...]`. The 3-way variant: 0 an image, 1 CutPaste, 2 CutPaste-Scar. Not here: the pre-training of
-the ResNet, of which any may be given. Sizes: B images, S pixels a side, C features.
+`[C:...]`, 3-way: 0 an image, 1 CutPaste, 2 CutPaste-Scar. B images, S pixels a side, C features.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 PIXELS = {"cpu": 2**18, "cuda": 2**22}  # B S^2 that are scored at once
-Terms, Track = dict[str, Tensor], Callable[[Iterable[int]], Iterable[int]]
+Terms = dict[str, Tensor]
+Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(eq=False)
@@ -189,8 +190,8 @@ class Training:
         epoch, position = divmod(self.step_done, self.steps)
         order = np.random.default_rng((*self.key, 0, epoch)).permutation(len(self.data))
         ids = np.sort(order[position * self.images : (position + 1) * self.images])
-        seed = np.random.default_rng((*self.key, 1, self.step_done)).integers(2**62)
-        generator = torch.Generator().manual_seed(int(seed))
+        seed = int(np.random.default_rng((*self.key, 1, self.step_done)).integers(2**62))
+        generator = torch.Generator().manual_seed(seed)
         return self.terms(unit(self.data[ids], self.device), generator, self.step_done)
 
     def update(self, terms: Terms) -> None:
