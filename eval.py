@@ -270,8 +270,7 @@ def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any],
     config = read_json(folder / "config.json")
     if not files or "image_size" not in config:
         raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
-    loaded = [load(path, pick_device(device)) for path in files]
-    detectors = {type(detector).__name__.lower(): detector for detector in loaded}
+    detectors = {type(d).__name__.lower(): d for d in (load(f, pick_device(device)) for f in files)}
     return config, read_json(folder / "results.json"), detectors
 
 
