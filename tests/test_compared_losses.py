@@ -421,7 +421,7 @@ def test_the_three_ways_are_the_image_the_patch_and_the_scar():
     detector, x = small("cutpaste", image_size=64), torch.from_numpy(images(4, 64)) / 255
     seen = []
     detector.networks["image"].conv1.register_forward_pre_hook(lambda _, v: seen.append(v[0]))
-    loss = float(detector.loss("image", x, generator())["class"])
+    loss = float(detector.loss("image", x, generator())["class"].detach())
     mean = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
     std = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
     views = seen[0] * std + mean
