@@ -22,6 +22,7 @@ from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
 from support import cards, data, figures, layouts, report
 from support.claim import held
+from support.compared import COMPARED
 from support.progress import complain, quietly, say, show
 from support.readers import build_detector, read_config, read_results
 from support.run import Parser, pick_device, read_saved, read_text
@@ -34,8 +35,7 @@ Array = NDArray[Any]
 VALIDATION = 50  # images of each class that set the thresholds              [P:§4.3]
 GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]
 GROUP_SIZE = 100  # images                                                   [P:§4.5.1]
-DETECTOR_FILES = ("detector.pt", "detector_igd.pt", "detector_f_beta.pt")  # of a run
-DETECTORS: dict[str, Any] = {"padim": PaDiM, "igd": IGD, "f_beta": LesionClassifier}  # by kind
+KINDS: dict[str, Any] = {"padim": PaDiM, "igd": IGD, "f_beta": LesionClassifier, **COMPARED}
 
 
 # --- The protocol of section 4.3 -----------------------------------------------------------------
@@ -266,17 +266,17 @@ def best_baseline(
 
 def load(path: str | Path, device: str = "cpu") -> Any:
     """The detector that a file holds, by its "kind".   raises: ValueError, or OSError."""
-    return build_detector(read_saved(path, "detector", device), DETECTORS, path, device)
+    return build_detector(read_saved(path, "detector", device), KINDS, path, device)
 
 
 def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A run's config, its results (empty if there are none) and its detectors by name."""
-    files = [path for name in DETECTOR_FILES if (path := folder / name).is_file()]
+    files = sorted(folder.glob("detector*.pt"))  # detector.pt comes first
     config = read_config(folder)
     if not files or not config:
         raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
     loaded = [load(path, pick_device(device)) for path in files]
-    kinds = {cls: kind for kind, cls in DETECTORS.items()}
+    kinds = {cls: kind for kind, cls in KINDS.items()}
     named = {kinds.get(cls := type(d), cls.__name__.lower()): d for d in loaded}
     return config, read_results(folder), named
 

@@ -31,6 +31,7 @@ from typing import Any
 from baselines.strong import STRONG
 from support import layouts
 from support.claim import claimed
+from support.compared import deciding
 from support.figures import dot_chart, png
 from support.job import main_job
 from support.options import Config, make_config, parse
@@ -113,21 +114,14 @@ def folder_of(config: Config, out: Path) -> Path:
     for file in sorted(out.glob("*/config.json")):
         if _has_settings(config, read_json(file)):
             return file.parent
-    settings = {name: getattr(config, name) for name in _deciding(config)}
+    settings = {name: getattr(config, name) for name in deciding(config)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return out / f"{_dataset(config)}-{config.method}-{digest}-seed{config.seed}"
 
 
 def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
     """Whether a saved config.json has these settings; one that it lacks had its default."""
-    return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in _deciding(config))
-
-
-def _deciding(config: Config) -> set[str]:
-    """The options that decide a run's results; runs of another device are reused."""
-    names = Config.__dataclass_fields__.keys() - {"out", "device", "preset"}
-    of_igd = {name for name in names if name.startswith(("igd_", "local"))}
-    return names - of_igd if config.detector == "padim" else names
+    return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in deciding(config))
 
 
 def _dataset(config: Config) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from baselines.lesion_classifier import LesionClassifier
+from baselines.pretraining import UNTRAINED
 from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
@@ -30,6 +31,7 @@ from igd import IGD
 from pmsacl import pretrain, strong_set
 from support import checks, data, layouts, phantom
 from support.claim import claimed
+from support.compared import chosen, fit
 from support.depth import window_of_set
 from support.dryrun import dry_run, tell_how_long
 from support.figures import image_grid, png
@@ -43,6 +45,7 @@ from support.run import (
     lack,
     make_folder,
     ranks,
+    read_saved,
     read_text,
     save_atomically,
     write_file,
@@ -123,13 +126,15 @@ def main_job(config: Config, folder: Path) -> None:
     tell_how_long(config, len(images.train))
 
     began = time.monotonic()
-    encoder, init = pretrain(images.train, config, folder)
+    encoder, init = pretrained(images.train, config, folder)
     local = has_local_model(config)
-    patches = pretrain(images.train, config, folder, local=True)[0] if local else None
+    patches = pretrained(images.train, config, folder, local=True)[0] if local else None
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return  # the detectors are one process's work
     save_atomically(encoder.backbone.state_dict(), folder / "encoder.pt")
+    if patches:
+        save_atomically(patches.backbone.state_dict(), folder / "encoder_local.pt")
     draw_views(images, config, folder)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
@@ -156,10 +161,30 @@ def main_job(config: Config, folder: Path) -> None:
     say(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
 
 
+def pretrained(
+    images: np.ndarray, config: Config, folder: Path, *, local: bool = False
+) -> tuple[Encoder, str]:
+    """The pre-trained encoder and what it began with; with --encoder, that of the other run.
+
+    raises: ValueError or OSError if that run has no such encoder, or as `pretrain`.
+    """
+    if not config.encoder:
+        return pretrain(images, config, folder, local=local)
+    file, encoder = Path(config.encoder, "encoder_local.pt" if local else "encoder.pt"), Encoder()
+    if not file.is_file():
+        of_patches = "; it was run without IGD's local model" * local
+        raise ValueError(f"--encoder {config.encoder}: there is no {file.name} here{of_patches}")
+    try:
+        encoder.backbone.load_state_dict(read_saved(file, "encoder", "cpu"))
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{file}: no state dict of a resnet18") from None
+    return encoder.to(config.device).eval(), f"the encoder of {Path(config.encoder).name}"
+
+
 def has_local_model(config: Config) -> bool:
     """Whether there is IGD, with a model of patches.   [P:§4.2]"""
     wanted = config.local == "yes" or (config.local == "auto" and config.image_size > 64)
-    return config.detector != "padim" and wanted
+    return "igd" in chosen(config.detector) and wanted
 
 
 def fit_detectors(
@@ -175,18 +200,21 @@ def fit_detectors(
     seconds: receives how long each took.
     """
     detectors: dict[str, Any] = {}
-    if config.detector in ("padim", "both"):
+    for name in chosen(config.detector):
         began = time.monotonic()
-        detectors["padim"] = fit_padim(encoder.backbone, images.train, config)
-        save_detector(detectors["padim"], folder / "detector.pt")
-        seconds["padim"] = time.monotonic() - began
-    if config.detector in ("igd", "both"):
-        began = time.monotonic()
-        detectors["igd"] = fit_igd(encoder, patches, images, config, folder)
-        name = "detector_igd.pt" if "padim" in detectors else "detector.pt"
-        save_detector(detectors["igd"], folder / name)
-        seconds["igd"] = time.monotonic() - began
-    if config.classes > 1 and "aug" in config.names_of_terms(local=False):
+        if name == "padim":
+            detector: Any = fit_padim(encoder.backbone, images.train, config)
+        elif name == "igd":
+            detector = fit_igd(encoder, patches, images, config, folder)
+        else:
+            detector = fit(name, encoder.backbone, images.train, dataclasses.asdict(config), folder)
+        if hasattr(detector, "reconstruct"):
+            draw_reconstructions(name, detector, images, folder)
+        save_detector(detector, folder / (f"detector_{name}.pt" if detectors else "detector.pt"))
+        seconds[name] = time.monotonic() - began
+        detectors[name] = detector
+    trained = config.method not in UNTRAINED and not config.encoder
+    if trained and config.classes > 1 and "aug" in config.names_of_terms(local=False):
         detectors["f_beta"] = LesionClassifier(encoder)
         save_detector(detectors["f_beta"], folder / "detector_f_beta.pt")
     detectors["untrained"] = fit_padim(untrained(config), images.train, config)
@@ -228,7 +256,7 @@ def save_detector(detector: Any, path: Path) -> None:
 def fit_igd(
     encoder: Encoder, patches: Encoder | None, images: Images, config: Config, folder: Path
 ) -> IGD:
-    """IGD from the pre-trained encoders; its logs and a figure of reconstructions.   [P:§3.3]"""
+    """IGD from the pre-trained encoders; its logs.   [P:§3.3]"""
     igd = IGD(
         encoder.backbone,
         patches.backbone if patches else None,
@@ -247,7 +275,6 @@ def fit_igd(
         local = training.name.endswith("local")
         checkpoint = folder / ("checkpoint_igd_local.pt" if local else "checkpoint_igd.pt")
         train(training, checkpoint, folder / f"log_igd_{'local' if local else 'global'}.csv")
-    draw_reconstructions(igd, images, folder)
     return igd
 
 
@@ -297,21 +324,22 @@ def draw_views(images: Images, config: Config, folder: Path) -> None:
     write_file(folder / "figures" / f"{config.strong}.png", png(grid))
 
 
-def draw_reconstructions(igd: IGD, images: Images, folder: Path) -> None:
-    """figures/reconstruction_igd.png: image, reconstruction and their difference."""
+def draw_reconstructions(name: str, detector: Any, images: Images, folder: Path) -> None:
+    """figures/reconstruction_NAME.png: image, reconstruction and their difference."""
     shown = images.train[:6]
     if images.test is not None:  # three healthy images, three with lesions
         labels = np.array([sample.label for sample in images.dataset.test])
         chosen = np.r_[np.flatnonzero(labels == 0)[:3], np.flatnonzero(labels)[:3]]
         shown = images.test[np.sort(chosen)]
-    x = to_unit(shown, igd.device)
-    x_tilde = igd.reconstruct(x)
+    x = to_unit(shown, detector.device)
+    with torch.no_grad():
+        x_tilde = detector.reconstruct(x)
     cells = [
         [(row * 255).byte().cpu().numpy() for row in rows]
         for rows in (x, x_tilde, (x - x_tilde).abs())
     ]
-    grid = image_grid(cells, rows=("image", "reconstruction", "difference"), title="IGD")
-    write_file(folder / "figures" / "reconstruction_igd.png", png(grid))
+    grid = image_grid(cells, rows=("image", "reconstruction", "difference"), title=name)
+    write_file(folder / "figures" / f"reconstruction_{name}.png", png(grid))
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from baselines.pretraining import METHODS
 from baselines.strong import STRONG, TILES
 from igd import IGD
 from support.checks import check_places
+from support.compared import NAMES, chosen
 from support.depth import parse_window
 from support.readers import read_config
 from support.run import Parser, pick_device
@@ -108,6 +109,7 @@ class Config:
     )
     jitter: float = _option(1.0, "factor of the colour jitter", least=0, most=10)  # [P!§4.2 R16]
     # pre-training: the optimiser
+    encoder: str = _option("", "another run, whose encoders are taken instead of training")
     init: str = _option("auto", "start weights: auto, imagenet, random or a FILE")  # [P!§4.2 R14]
     epochs: int = _option(2000, "passes over the images", least=1, most=10**6)  # [P!§4.2 R15]
     batch_size: int = _option(
@@ -121,7 +123,10 @@ class Config:
     momentum: float = _option(0.9, "of SGD", least=0, most=0.9999)  # [P!§4.2 R15]
     weight_decay: float = _option(3e-4, "of SGD", least=0, most=1)  # [P!§4.2 R15]
     # detectors
-    detector: str = _option("padim", "what scores the images", ["padim", "igd", "both"])
+    detector: str = _option("padim", f"what scores the images: both, or some of {', '.join(NAMES)}")
+    detector_epochs: int = _option(0, "of each compared detector; 0: its own", least=0)
+    detector_lr: float = _option(0.0, "of each compared detector; 0: its own", least=0)
+    denoise: float = _option(0.0, "share of pixels hidden from dae in training", least=0, most=1)
     local: str = _option("auto", "IGD's local model; auto: above 64 px", ["auto", "yes", "no"])
     igd_epochs: int = _option(
         IGD.epochs, "of IGD's global model", least=1, most=10**6
@@ -156,6 +161,7 @@ class Config:
         positive_scale(self)  # a word or a number
         lesion_area(self)  # two numbers
         parse_window(self.window)  # two numbers, or none
+        chosen(self.detector)  # names
 
     def names_of_terms(self, local: bool) -> tuple[str, ...]:
         """Of eq. 1, for the encoder of images or for that of patches."""
@@ -166,7 +172,7 @@ GROUPS = {  # titles of --help -> the first option of each group
     "images and results": "data",
     "pre-training: the loss": "method",
     "pre-training: the views": "strong",
-    "pre-training: the optimiser": "init",
+    "pre-training: the optimiser": "encoder",
     "detectors": "detector",
     "the machine": "seed",
 }
@@ -290,8 +296,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
     for name in ("data", "out"):
         if options.get(name) == "":  # of a shell's variable that is not set
             parser.error(f"argument --{name}: is empty")
-    if options.get("data"):
-        options["data"] = str(Path(options["data"]).resolve())  # a run may go on from elsewhere
+    for name in {"data", "encoder"} & {name for name in options if options[name]}:
+        options[name] = str(Path(options[name]).resolve())  # a run may go on from elsewhere
     if options.pop("as_printed"):
         options = AS_PRINTED | options
     return options, options.pop("resume", None)

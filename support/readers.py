@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from encoder import ResNet18
 from support.progress import say
 from support.run import read_json
 
@@ -146,7 +147,8 @@ def build_detector(
     if not all_finite(state):
         raise ValueError(f"{path}: a damaged detector: some weights are not finite")
     try:
-        detector = kind.of(state, device)
+        start = ResNet18().to(device) if getattr(kind, "pretrained", False) else device
+        detector = kind.of(state, start)
         maps, scores = detector.score(np.zeros((1, 3, size, size), np.uint8))
     except (torch.OutOfMemoryError, MemoryError):
         raise

@@ -37,7 +37,16 @@ MAY_IMPORT = {
     "igd": ("encoder", "autoencoder", "ssim"),
     "baselines.strong": ("medmix", "weak"),
     "baselines.pretraining": ("losses", "kernels"),
+    "baselines.steps": (),
+    "baselines.msssim": ("ssim", "baselines"),
+    "baselines.dae": ("baselines",),
+    "baselines.ocgan": ("baselines",),
+    "baselines.fanogan": ("baselines",),
+    "baselines.adgan": ("baselines",),
+    "baselines.panda": ("baselines",),
+    "baselines.cutpaste": ("baselines",),
 }
+COMPARED = ("adgan", "cutpaste", "dae", "fanogan", "msssim", "ocgan", "panda")  # 3 files, 500 lines
 MAY_IMPORT_SUPPORT = ("pmsacl", "eval", "experiments", "support", "bench", "notebooks", "tests")
 THIRD_PARTY = {"torch", "numpy", "PIL", "triton"}
 THIRD_PARTY_OF = {"tests": {"pytest", "hypothesis"}, "notebooks": {"IPython", "matplotlib"}}
@@ -229,6 +238,13 @@ def test_a_piece_is_copied_with_the_files_and_lines_that_the_readme_says(file):
     most_files, most_lines = COPY_LIMITS[file]
     assert len(listed) <= most_files
     assert total <= int(lines.replace(",", "")) <= most_lines
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_compared_detector_is_copied_with_little(name):
+    files = copied_with(ROOT, f"baselines/{name}.py")
+    lines = {file: len((ROOT / file).read_text().splitlines()) for file in files}
+    assert len(files) <= 3 and sum(lines.values()) <= 500 and lines[f"baselines/{name}.py"] <= 250
 
 
 # --- what breaks them is noticed ---------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_help_names_choices_and_the_presets_values(capsys):
         options.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "[P" not in text
-    assert "--features {unit,raw}" in text and "--detector {padim,igd,both}" in text
+    assert "--features {unit,raw}" in text and "some of padim, igd, dae," in text
     assert "pixels a side, a multiple of 32 (default: 256; quick: 64)" in text
     for title in options.GROUPS:
         assert f"{title}:" in text

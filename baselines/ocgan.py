@@ -1,0 +1,135 @@
+"""OCGAN: a denoising auto-encoder whose whole latent space shows healthy images.   [P:Tab.1]
+
+Perera et al., "OCGAN: One-class Novelty Detection Using GANs with Constrained Latent
+Representations", CVPR 2019: `[O:...]`. Sizes: B images, S pixels a side, Z latent features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines.steps import (
+    Detector,
+    Terms,
+    Training,
+    autocast,
+    convolutions,
+    deconvolutions,
+    frozen,
+    squared_error,
+)
+
+
+def real(logits: Tensor) -> Tensor:
+    """-E log D, D the sigmoid of the logits."""
+    return F.softplus(-logits).mean()
+
+
+def fake(logits: Tensor) -> Tensor:
+    """-E log (1 - D)."""
+    return F.softplus(logits).mean()
+
+
+def mine(s: Tensor, classify: Callable[[Tensor], Tensor], steps: int, length: float) -> Tensor:
+    """Informative negatives: latents whose images the classifier takes for fakes.   [O:§3.4 R27]
+
+    Gradient ascent of -log C(De(s)); each step moves every feature by `length` and stays in the
+    latent space.
+
+    s: (B, Z) in [-1, 1].   classify: s -> logits (B,) of C(De(s)).   returns: (B, Z) in [-1, 1].
+    """
+    for _ in range(steps):
+        s = s.detach().requires_grad_()
+        (uphill,) = torch.autograd.grad(F.softplus(-classify(s)).sum(), s)
+        s = (s + length * uphill.sign()).clamp(-1, 1)
+    return s.detach()
+
+
+@dataclass(eq=False)
+class OCGAN(Detector):
+    """Auto-encoder with tanh latent, discriminators of latents and images, and a classifier."""
+
+    kind: ClassVar[str] = "ocgan"
+    zero: ClassVar[set[str]] = {"seed", "noise", "mining_steps"}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 60, "batch_size": 16, "width": 12, "lr": 1e-3}
+    epochs: int = 500  #                                                      [P!§4.4.1 R27]
+    batch_size: int = 32
+    lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                               [R27]
+    latent: int = 288  # Z                                                          [O:§4.1]
+    noise: float = 0.2  # deviation of what is added to images in [0, 1]               [R27]
+    weight: float = 10.0  # of the squared error                                    [O:§3.5]
+    mining_steps: int = 5  #                                                        [O:§3.4]
+    mining_length: float = 0.05  #                                                     [R27]
+
+    def build(self, start: Any) -> dict[str, nn.Module]:
+        sides = [self.latent, 128, 64, 32, 16]  #                                   [O:§4.1]
+        layers = [
+            part
+            for a, b in zip(sides, sides[1:], strict=False)
+            for part in (nn.Linear(a, b), nn.LeakyReLU(0.2))
+        ]
+        size, width = self.image_size, self.width
+        return {
+            "encoder": nn.Sequential(convolutions(size, width, self.latent), nn.Tanh()),
+            "decoder": deconvolutions(self.latent, size, width),
+            "latent": nn.Sequential(*layers, nn.Linear(16, 1)),
+            "visual": convolutions(size, max(1, width // 5), 1, norm=False),  # 12 of 64  [O:§4.1]
+            "classifier": convolutions(size, width, 1, norm=False),
+        }
+
+    def phases(self, images: np.ndarray) -> Iterator[Training]:
+        groups: dict[str, tuple[str, ...]] = {"generators": ("encoder", "decoder")}
+        groups |= {name: (name,) for name in ("latent", "visual", "classifier")}
+        adams = {
+            name: torch.optim.Adam(
+                [w for part in parts for w in self.networks[part].parameters()],
+                self.lr, betas=(0.5, 0.999),
+            )
+            for name, parts in groups.items()
+        }  # fmt: skip
+        yield Training(self, self.kind, images, self.terms, adams, epochs=self.epochs)
+
+    def terms(self, x: Tensor, draws: torch.Generator, step: int) -> Terms:
+        """10 l_MSE + l_latent + l_visual of the auto-encoder; the judges' losses.   [O:§3.5]
+
+        l_MSE = E |x - De(En(x + n))|^2; D_l tells s ~ U(-1, 1) from z = En(x + n), D_v tells x
+        from De(s*), C tells De(z) from De(s), s* mined from s.
+        """
+        encoder, decoder, of_latent, of_image, classifier = self.networks.train().children()
+        s = 2 * torch.rand(len(x), self.latent, generator=draws).to(x.device) - 1
+        n = self.noise * torch.randn(x.shape, generator=draws).to(x.device)
+        with autocast(x.device), frozen(of_latent, of_image, classifier):
+            with frozen(decoder):
+                mined = mine(
+                    s, lambda s: classifier(decoder(s))[:, 0], self.mining_steps, self.mining_length
+                )
+            z = encoder(x + n)
+            x_tilde, drawn = decoder(z), decoder(mined)
+            terms = {
+                "rec": self.weight * (x - x_tilde.float()).square().mean(),
+                "latent": real(of_latent(z)),
+                "visual": real(of_image(drawn)),
+            }
+        with autocast(x.device), torch.no_grad():
+            negative = decoder(s)
+        with autocast(x.device):
+            terms["latent_judge"] = real(of_latent(s)) + fake(of_latent(z.detach()))
+            terms["visual_judge"] = real(of_image(x)) + fake(of_image(drawn.detach()))
+            terms["classifier"] = real(classifier(x_tilde.detach())) + fake(classifier(negative))
+        return {name: term.float() for name, term in terms.items()}
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """De(En(x)), without noise: (B, 3, S, S) in [0, 1] -> (B, 3, S, S) in [0, 1]."""
+        with autocast(x.device):
+            return self.networks["decoder"](self.networks["encoder"](x)).float()
+
+    def score_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x - De(En(x)))^2 pixel by pixel, and its mean.   [O:§3.5]"""
+        return squared_error(x, self.reconstruct(x))
