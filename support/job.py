@@ -132,9 +132,6 @@ def main_job(config: Config, folder: Path) -> None:
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return  # the detectors are one process's work
-    save_atomically(encoder.backbone.state_dict(), folder / "encoder.pt")
-    if patches:
-        save_atomically(patches.backbone.state_dict(), folder / "encoder_local.pt")
     draw_views(images, config, folder)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
@@ -166,19 +163,30 @@ def pretrained(
 ) -> tuple[Encoder, str]:
     """The pre-trained encoder and what it began with; with --encoder, that of the other run.
 
+    Its backbone is kept as encoder.pt, that of patches as encoder_local.pt.
     raises: ValueError or OSError if that run has no such encoder, or as `pretrain`.
     """
-    if not config.encoder:
-        return pretrain(images, config, folder, local=local)
-    file, encoder = Path(config.encoder, "encoder_local.pt" if local else "encoder.pt"), Encoder()
+    name = "encoder_local.pt" if local else "encoder.pt"
+    if config.encoder:
+        encoder, init = encoder_of(Path(config.encoder), name, config.device)
+    else:
+        encoder, init = pretrain(images, config, folder, local=local)
+    if ranks()[0] == 0:
+        save_atomically(encoder.backbone.state_dict(), folder / name)
+    return encoder, init
+
+
+def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
+    """Another run's encoder, with heads that nothing has trained.   raises: ValueError, OSError."""
+    file, encoder = folder / name, Encoder()
     if not file.is_file():
-        of_patches = "; it was run without IGD's local model" * local
-        raise ValueError(f"--encoder {config.encoder}: there is no {file.name} here{of_patches}")
+        of_patches = "; it was run without IGD's local model" * name.startswith("encoder_local")
+        raise ValueError(f"--encoder {folder}: there is no {name} here{of_patches}")
     try:
         encoder.backbone.load_state_dict(read_saved(file, "encoder", "cpu"))
     except (RuntimeError, TypeError, AttributeError):
         raise ValueError(f"{file}: no state dict of a resnet18") from None
-    return encoder.to(config.device).eval(), f"the encoder of {Path(config.encoder).name}"
+    return encoder.to(device).eval(), f"the encoder of {folder.name}"
 
 
 def has_local_model(config: Config) -> bool:

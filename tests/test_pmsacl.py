@@ -241,7 +241,8 @@ def test_steps_are_sgd_by_hand(local):
         training.encoder.named_parameters(), by_hand.parameters(), strict=True
     ):
         moved = (want - start_weights[name]).norm()
-        assert (got - want).norm() <= 1e-4 * moved, name  # the sums differ in their order
+        # Sums in another order give 0.003 at most, a decay of 0.009 for 0.01 gives 0.34.
+        assert (got - want).norm() <= 0.02 * moved, name
 
 
 def test_an_epoch_takes_every_image_once_and_each_epoch_has_its_order():
