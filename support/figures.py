@@ -272,9 +272,7 @@ def _image_files(path: Path) -> list[Path]:
 BLUE, PALE, GREY = "#1f5fa8", "#8fb4dd", "#777777"
 COMPARED = ("#d9730d", "#2e8b57", "#8e44ad", "#b8860b")  # a colour for each name of `printed`
 ROW = 34  # pixels between two lines of a chart
-
-
-WIDTH = 640  # of the axis
+WIDTH = 640  # pixels of its axis
 
 
 def dot_chart(
@@ -316,12 +314,10 @@ def dot_chart(
     for i, (name, row) in enumerate(values.items()):
         y = top + ROW * i + 14
         draw.text((left - 20, y), name, "black", font, anchor="rm")
-        if not row:
-            draw.text((left + 6, y), "not run", GREY, small, anchor="lm")
         for compared, colour in zip(printed.values(), COMPARED, strict=False):
             if (value := compared.get(name)) is not None:
                 _diamond(draw, column(value), y, 6, colour)
-        _draw_runs(draw, [column(value) for value in row], y)
+        _draw_runs(draw, [column(value) for value in row], left, y)
     return sheet
 
 
@@ -356,15 +352,18 @@ def _draw_legend(draw: ImageDraw.ImageDraw, y: int, printed: Sequence[str]) -> N
         x += 44 + font.getlength(name)
 
 
-def _draw_runs(draw: ImageDraw.ImageDraw, columns: Sequence[float], y: int) -> None:
+def _draw_runs(draw: ImageDraw.ImageDraw, columns: Sequence[float], left: int, y: int) -> None:
     """The marks of one line: single runs, the bar, the mean."""
+    if not columns:
+        draw.text((left + 6, y), "not run", GREY, ImageFont.load_default(13), anchor="lm")
+        return
+    mean = float(np.mean(columns))
     for x in columns if len(columns) > 1 else ():
         _dot(draw, x, y + 10, 3, PALE)
     for end in _bar(columns):
-        draw.line((float(np.mean(columns)), y, end, y), BLUE, 2)
+        draw.line((mean, y, end, y), BLUE, 2)
         draw.line((end, y - 6, end, y + 6), BLUE, 2)
-    if columns:
-        _dot(draw, float(np.mean(columns)), y, 6, BLUE)
+    _dot(draw, mean, y, 6, BLUE)
 
 
 def _dot(draw: ImageDraw.ImageDraw, x: float, y: float, radius: int, colour: str) -> None:
