@@ -28,6 +28,7 @@ from eval import evaluate
 from igd import IGD
 from pmsacl import pretrain, strong_set
 from support import data, layouts, phantom
+from support.features import draw_features
 from support.figures import image_grid, png
 from support.options import Config, parse, resolve
 from support.progress import progress, say
@@ -116,6 +117,7 @@ def main_job(config: Config, folder: Path) -> None:
         return  # the detectors are one process's work
     save_atomically(encoder.backbone.state_dict(), folder / "encoder.pt")
     draw_views(images, config, folder)
+    draw_features(encoder, images.train, images.test, images.dataset, config, folder)
 
     detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}

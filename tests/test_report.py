@@ -282,6 +282,8 @@ def test_wrong_images_are_chosen_first_then_both_ends():
     assert chosen == [2, 17, 19, 18, 10, 9, 8, 0]
     assert cards.choose(scores, labels, 9.5, shown, 100)[:2] == [2, 17]
     assert sorted(cards.choose(scores, labels, 9.5, shown, 100)) == list(range(20))
+    labels[[3, 16]] = True, False
+    assert cards.choose(scores, labels, 9.5, shown, 4)[:2] == [2, 17]  # the worst of two
     shown[2] = False
     assert 2 not in cards.choose(scores, labels, 9.5, shown, 100)
     assert len(cards.choose(scores, labels, 99, shown, 8)) == 8  # all abnormal ones are missed
@@ -393,9 +395,11 @@ browser = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
 
 
 @browser
-@pytest.mark.parametrize("value", [None, 3.7, 99.0])
+@pytest.mark.parametrize("value", [None, "a score", 99.0])
 def test_the_slider_recounts_in_a_browser(two, tmp_path, value):
-    folder, results, _ = two
+    folder, results, page = two
+    if value == "a score":  # which then counts as reached
+        value = float(np.float32(sorted(float(a["data-score"]) for a in page.cards())[7]))
     fragment = "" if value is None else f"#threshold={value}"
     page = opened(folder / "report.html", fragment, tmp_path)
     t = results["padim"]["threshold"] if value is None else value
