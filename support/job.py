@@ -34,6 +34,7 @@ from support.claim import claimed
 from support.compared import chosen, fit
 from support.depth import window_of_set
 from support.dryrun import dry_run, tell_how_long
+from support.features import draw_features
 from support.figures import image_grid, png
 from support.options import Config, parse, resolve
 from support.progress import complain, progress, say, show
@@ -133,6 +134,7 @@ def main_job(config: Config, folder: Path) -> None:
     if ranks()[0] > 0:
         return  # the detectors are one process's work
     draw_views(images, config, folder)
+    draw_features(encoder, images.train, images.test, images.dataset, config, folder)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
     extra["data_notes"] = list(images.notes)

@@ -250,12 +250,15 @@ def test_a_run_that_is_evaluated_on_other_images_says_so(two, tmp_path):
 
 
 def test_a_run_of_healthy_images_only_has_a_page(tmp_path):
+    tmp_path = tmp_path / "a <b> run"
+    tmp_path.mkdir()
     (tmp_path / "log.csv").write_text("epoch,ctr\n1,0.5\n")
     dataset = layouts.Dataset("one folder", tmp_path, (Path("a.png"),) * 3, ())
     report.write_report(tmp_path, dataset, {"init": "random", "seconds": {"pretrain": 2.0}})
     page = Page((tmp_path / "report.html").read_text())
     assert_well_made(page)
     assert "healthy images only" in page.text and not page.cards()
+    assert "a <b> run: report" in page.text and not page.all("b")
     assert "3 healthy images" in page.text
     assert "Settings" not in page.text  # without a config.json
 
@@ -282,6 +285,8 @@ def test_wrong_images_are_chosen_first_then_both_ends():
     assert chosen == [2, 17, 19, 18, 10, 9, 8, 0]
     assert cards.choose(scores, labels, 9.5, shown, 100)[:2] == [2, 17]
     assert sorted(cards.choose(scores, labels, 9.5, shown, 100)) == list(range(20))
+    labels[[3, 16]] = True, False
+    assert cards.choose(scores, labels, 9.5, shown, 4)[:2] == [2, 17]  # the worst of two
     shown[2] = False
     assert 2 not in cards.choose(scores, labels, 9.5, shown, 100)
     assert len(cards.choose(scores, labels, 99, shown, 8)) == 8  # all abnormal ones are missed
@@ -393,15 +398,17 @@ browser = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
 
 
 @browser
-@pytest.mark.parametrize("value", [None, 3.7, 99.0])
+@pytest.mark.parametrize("value", [None, "a score", 99.0])
 def test_the_slider_recounts_in_a_browser(two, tmp_path, value):
-    folder, results, _ = two
+    folder, results, page = two
+    if value == "a score":  # which then counts as reached
+        value = sorted(float(a["data-score"]) for a in page.cards())[7]
     fragment = "" if value is None else f"#threshold={value}"
     page = opened(folder / "report.html", fragment, tmp_path)
     t = results["padim"]["threshold"] if value is None else value
     s, labels = scores_of(1), np.arange(N) % 2
     keep = ~evaluation.validation_split(labels, 0)
-    want = confusion(s[keep], labels[keep], t)
+    want = confusion(s[keep], labels[keep], float(np.float32(t)))
     match = re.search(
         r"sensitivity (\d+) of (\d+) \(([\d.]+)\), specificity (\d+) of (\d+) \(([\d.]+)\)",
         page.text,

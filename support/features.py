@@ -1,0 +1,124 @@
+"""figures/features.png: where images with 0, 1, ... lesions lie in f_theta's features.   [P:§4.6]
+
+Not here: t-SNE itself (tsne.py). Sizes: A classes, N points, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from encoder import Encoder, channels_last, seeded, to_unit
+from pmsacl import strong_set
+from support.figures import png
+from support.layouts import Dataset
+from support.options import Config
+from support.run import write_file
+from support.tsne import tsne
+
+POINTS = 40  # of a class of views, and of the normal and the abnormal test images
+LEAST = 12  # points: fewer say nothing
+SIDE, SCALE = 640, 2  # pixels of the plot; it is drawn larger and reduced, for smooth edges
+# Colours that differ for every kind of colour vision, and a shape beside each.
+COLOURS = ("#0b4f9e", "#e69f00", "#009e73", "#cc3377", "#56b4e9", "#8c564b", "#777777")
+SHAPES = ("circle", "square", "triangle", "diamond")
+
+
+def draw_features(
+    encoder: Encoder,
+    train: NDArray[Any],
+    test: NDArray[Any] | None,
+    dataset: Dataset,
+    config: Config,
+    folder: Path,
+) -> None:
+    """Write figures/features.png, unless there are fewer than LEAST points to draw.
+
+    train, test: (N, 3, S, S) uint8; test may be None, else it is of dataset.test.
+    """
+    generator, device = seeded(config.seed, 9), next(encoder.parameters()).device
+    x, augment = to_unit(train[spread_out(len(train))], "cpu"), strong_set(config)
+    groups = {"healthy: A_0": x}
+    for n in range(1, config.classes):
+        groups[f"A_{n}"] = augment(x, torch.full((len(x),), n), generator)[0]
+    if test is not None:
+        y = np.array([sample.label for sample in dataset.test], bool)
+        for name, members in (("test, normal", ~y), ("test, abnormal", y)):
+            index = np.flatnonzero(members)
+            groups[name] = to_unit(test[index[spread_out(len(index))]], "cpu")
+    sizes = [len(images) for images in groups.values()]
+    if sum(sizes) < LEAST:
+        return
+    z = torch.cat([_features(encoder, images, device) for images in groups.values()])
+    y2, _ = tsne(z, generator, perplexity=min(30.0, len(z) / 4))
+    points = {name: part.numpy() for name, part in zip(groups, y2.split(sizes), strict=True)}
+    title = f"t-SNE of z = f_theta(x): {dataset.root.name}, {config.method}, {config.strong}"
+    write_file(folder / "figures" / "features.png", png(scatter(points, title)))
+
+
+def spread_out(count: int) -> NDArray[Any]:
+    """At most POINTS indices at even steps, so that neither end of a folder is left out."""
+    return np.linspace(0, count - 1, min(count, POINTS)).round().astype(int)
+
+
+@torch.no_grad()
+def _features(encoder: Encoder, x: Tensor, device: torch.device) -> Tensor:
+    """f_theta of images in [0, 1], in evaluation mode: (N, Z) on the CPU."""
+    training = encoder.training
+    encoder.eval()
+    z = [encoder(channels_last(part.to(device))).float().cpu() for part in x.split(16)]
+    encoder.train(training)
+    return torch.cat(z)
+
+
+def scatter(groups: dict[str, NDArray[Any]], title: str) -> Image.Image:
+    """Points of several groups with a legend; groups of test images are drawn hollow, on top.
+
+    groups: name -> (N, 2).   returns: an image, legible at half its size.
+    """
+    font, large = (ImageFont.load_default(size * SCALE) for size in (18, 20))
+    everything = np.concatenate(list(groups.values()))
+    low, high = everything.min(0), everything.max(0)
+    unit = (SIDE - 60) * SCALE / max(float((high - low).max()), 1e-12)
+    size = ((SIDE + 250) * SCALE, (SIDE + 50) * SCALE)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((20 * SCALE, 14 * SCALE), title, "black", large)
+    frame = (10 * SCALE, 48 * SCALE, (SIDE + 10) * SCALE, (SIDE + 40) * SCALE)
+    draw.rectangle(frame, None, "#999999", SCALE)
+    middle = np.array([frame[0] + frame[2], frame[1] + frame[3]]) / 2
+    for k, (name, points) in enumerate(groups.items()):
+        hollow = name.startswith("test")
+        colour = ("black" if name == "test, normal" else "#c00000") if hollow else ""
+        colour = colour or COLOURS[k % len(COLOURS)]
+        shape = "circle" if hollow else SHAPES[k % len(SHAPES)]
+        for at in middle + (points - (low + high) / 2) * unit:
+            _mark(draw, at, shape, colour, hollow)
+        y = (70 + 34 * k) * SCALE
+        _mark(draw, np.array([(SIDE + 34) * SCALE, y]), shape, colour, hollow)
+        draw.text(((SIDE + 52) * SCALE, y), name, "black", font, anchor="lm")
+    return sheet.resize((size[0] // SCALE, size[1] // SCALE), Image.Resampling.LANCZOS)
+
+
+def _mark(
+    draw: ImageDraw.ImageDraw, at: NDArray[Any], shape: str, colour: str, hollow: bool
+) -> None:
+    """One point, some 10 pixels wide."""
+    x, y, r = float(at[0]), float(at[1]), 5.5 * SCALE
+    fill, outline = (None, colour) if hollow else (colour, "white")
+    width = 2 * SCALE if hollow else 1
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill, outline, width)
+    else:
+        corners = {
+            "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+            "triangle": [(0, -1.1), (1.1, 0.9), (-1.1, 0.9)],
+            "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
+        }[shape]
+        draw.polygon([(x + r * a, y + r * b) for a, b in corners], fill, outline, width)
