@@ -155,7 +155,7 @@ def walk(
     """
     above = [parent.stat() for parent in Path(root).resolve().parents]
     seen = {(place.st_dev, place.st_ino) for place in above}
-    most += len(seen)
+    entered = 0
     began, told = time.monotonic(), False
     for parent, folders, files in os.walk(root, onerror=failed, followlinks=True):
         try:
@@ -167,7 +167,8 @@ def walk(
             folders.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
-        if len(seen) > most:
+        entered += 1
+        if entered > most:
             raise ValueError(f"{root}: more than {most:,} folders; name the data set's own folder")
         if not told and time.monotonic() - began > 2:
             say(f"looking through the folders below {root}")
