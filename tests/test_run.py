@@ -217,7 +217,7 @@ def test_igd_shares_the_pre_training_and_resumes(images, tmp_path):
     assert job.main(arguments) == 0
     results = json.loads((folder / "results.json").read_text())
     assert {"padim", "igd", "untrained"} <= set(results)
-    for name in ("checkpoint_local.pt", "log_local.csv", "log_igd_global.csv",
+    for name in ("checkpoint_local.pt", "encoder_local.pt", "log_local.csv", "log_igd_global.csv",
                  "log_igd_local.csv", "figures/reconstruction_igd.png"):  # fmt: skip
         assert (folder / name).exists(), name
     assert "pos" in table(folder / "log_local.csv")[0] and "pos" not in table(folder / "log.csv")[0]
