@@ -296,6 +296,14 @@ def test_a_detector_that_does_not_fit_is_named(name, value, detector_state, tmp_
         line_of(caught.value)
 
 
+def test_a_nan_in_a_part_that_does_not_score_is_noticed(detector_state, tmp_path):
+    broken = copy.deepcopy(detector_state)
+    broken["backbone"]["fc.bias"][0] = math.nan
+    torch.save(broken, tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="d.pt: .*not finite"):
+        evaluation.load(tmp_path / "d.pt")
+
+
 NO_TORCH_FILES = [b"", b"PK\x03\x04", b"hello", b"\x80\x02." * 9, b"\x00" * 5000, b"PK\x05\x06" * 9]
 
 
