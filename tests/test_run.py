@@ -130,6 +130,19 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(images, finished, t
     assert logs[0] == logs[1]
 
 
+def test_a_run_that_is_evaluated_again_keeps_what_it_knew(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = json.loads((folder / "results.json").read_text())
+    assert evaluation.main([str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert "left out" not in captured.err and "Fake lesions on held-back" in captured.out
+    after = json.loads((folder / "results.json").read_text())
+    assert after["fake_lesions"] == before["fake_lesions"]
+    assert {"padim", "untrained", "trivial", "f_beta"} <= set(after)
+    assert after["padim"]["image_auroc"] == before["padim"]["image_auroc"]
+
+
 def test_resume_takes_the_options_of_the_run_and_refuses_others(finished, capsys):
     assert job.main(["--resume", str(finished), "--alpha", "5"]) == 2
     assert "--alpha 2.0, not 5.0" in capsys.readouterr().err
