@@ -18,6 +18,7 @@ from torch import Tensor
 from encoder import ResNet18
 from support.progress import say
 from support.run import read_json
+from support.tables import measured
 
 CONFIG = {"image_size": int, "seed": int, "data": str}  # what every version has written
 STRINGS = {"commit", "python", "torch", "numpy", "threads"}
@@ -85,9 +86,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / "results.json"
     results = read_json(path)
-    for name, row in list(results.items()):
-        if name == "fake_lesions" or not (isinstance(row, dict) and "image_auroc" in row):
-            continue
+    for name, row in measured(results).items():
         wrong = [key for key in ROW_NUMBERS if not _is_number(row.get(key, 0))]
         counts = row.get("images", dict.fromkeys(ROW_COUNTS, 0))
         if not isinstance(counts, dict) or not all(_is_number(counts.get(k)) for k in ROW_COUNTS):

@@ -90,7 +90,7 @@ def write_report(
     """
     config, shown = read_json(folder / "config.json"), shown or {}
     labels = np.array([sample.label for sample in dataset.test], bool)
-    rows, data = measured({k: v for k, v in results.items() if k != "fake_lesions"}), {}
+    rows, data = measured(results), {}
     own = Path(config.get("data") or folder / "phantom").resolve() == dataset.root
     sections = [_what(dataset, results, config, own), _measures(rows, results)]
     scores = {n: s for n, s in (scores or {}).items() if "threshold" in rows.get(n, {})}
