@@ -12,7 +12,8 @@ Each is pmsacl.py's loop with its own strong set and its own loss, z = f_theta o
 "Class" is the cross-entropy of eq. 8, "position" that of eq. 9; both are in losses.py. NT-Xent
 over the views of a strong set takes every strong image for another instance, so that shifted
 copies of an image repel it; over plain images it is SimCLR. It is eq. 5 with alpha = 1 and centres
-at 0, and so runs on eq. 5's kernels. `imagenet` and `random` are start weights without training.
+at 0, and so runs on eq. 5's kernels. `imagenet`, `random` and `none` are start weights without
+training, those of `none` whatever --init says.
 
 Table 9's Rot-Net cites Golan & El-Yaniv 2018, who tell 72 geometric transformations apart; this is
 what its name says, four rotations.
@@ -45,8 +46,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "supcon": {"terms": "sup", "local_terms": "sup", "tau": 0.1},
     "imagenet": {"init": "imagenet"},
     "random": {"init": "random"},
+    "none": {},
 }
-UNTRAINED = ("imagenet", "random")
+UNTRAINED = ("imagenet", "random", "none")
 
 
 def nt_xent(z: Tensor, pair: Tensor, *, tau: float, rows: tuple[int, int] | None = None) -> Tensor:

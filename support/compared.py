@@ -17,6 +17,7 @@ from baselines.fanogan import FAnoGAN
 from baselines.msssim import MSSSIM
 from baselines.ocgan import OCGAN
 from baselines.panda import PANDA
+from baselines.pretraining import UNTRAINED
 from baselines.steps import Detector
 from support.progress import say
 from support.training import train
@@ -44,8 +45,10 @@ def deciding(config: Any) -> set[str]:
     if detectors <= {"padim", "igd"}:  # the preset sets their options, and others' settings itself
         without |= {"preset", "detector_epochs", "detector_lr", "denoise"}
     prefixes = () if "igd" in detectors else ("igd_", "local")
-    names = {field.name for field in dataclasses.fields(config)}
-    return {name for name in names - without if not name.startswith(prefixes)}
+    names = [field.name for field in dataclasses.fields(config)]
+    if config.method in UNTRAINED:  # what pre-trains has no part in them
+        without |= {*names[names.index("terms") : names.index("detector")]} - {"encoder", "init"}
+    return {name for name in names if name not in without and not name.startswith(prefixes)}
 
 
 def fit(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def _printed(file: Path) -> dict[str, Printed]:
 
 
 PRINTED = _printed(Path(__file__).with_name("paper.csv"))
+PAPERS_SETS = {
+    "Hyper-Kvasir": "hyperkvasir",
+    "LAG": "lag",
+    "Liu et al.": "liu",
+    "Covid-X": "covidx",
+}
 _COUNTERPARTS = {"padim": "PMSACL - PaDiM", "igd": "PMSACL - IGD"}  # our row -> the paper's
 
 
@@ -64,6 +71,22 @@ def measured(results: Mapping[str, Any]) -> dict[str, Any]:
     rows = {k: v for k, v in results.items() if isinstance(v, dict) and "image_auroc" in v}
     rows.pop("fake_lesions", None)  # no detector
     return rows
+
+
+def papers_name(dataset: Dataset) -> str:
+    """The name that Tables 1-7 have for these images, or "" if they are none of the paper's.
+
+    Hyper-Kvasir is the paper's archive, or the site's images, of which the archive is a subset: it
+    is told by the layout. The others, and copies in another layout, are told by their folder's
+    name: Hyper-Kvasir, LAG, Liu or Covid-X, in any case and with any _ or -.
+    """
+    words = re.findall("[a-z]+", dataset.root.name.lower())
+    if dataset.layout.lower().replace("-", "").startswith("hyperkvasir"):
+        return "Hyper-Kvasir"
+    for name, letters in PAPERS_SETS.items():
+        if letters in words or (len(letters) > 3 and letters in "".join(words)):
+            return name
+    return ""
 
 
 def origin(dataset: Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:

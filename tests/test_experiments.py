@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import experiments
-from support import phantom, tables
+from support import phantom, sheets, tables
 from support.options import PRESETS, Config, make_config
+from support.rows import ROWS, read_sweep, rows_of
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -45,18 +46,18 @@ def finished(out: Path, settings: Config, auroc: float, log: str = "") -> Path:
 
 
 def test_every_row_of_the_papers_tables_is_a_setting_that_the_main_job_takes():
-    for name, options in experiments.ROWS.items():
-        rows = experiments.rows_of(name, options, {"data": "x", "device": "cpu"}, 2)
+    for name, options in ROWS.items():
+        rows = rows_of(name, options, {"data": "x", "device": "cpu"}, 2)
         ours = [row for row in rows if row.configs]
         assert [row.name for row in ours] == list(options)
         assert [c.seed for c in ours[0].configs] == [0, 1]
     for number in (8, 9, 10):
-        assert set(tables.PRINTED[f"table {number}"][2]) <= set(experiments.ROWS[f"table {number}"])
-    assert set(tables.PRINTED["figure 6"][2]) <= set(experiments.ROWS["figure 6"])
+        assert set(tables.PRINTED[f"table {number}"][2]) <= set(ROWS[f"table {number}"])
+    assert set(tables.PRINTED["figure 6"][2]) <= set(ROWS["figure 6"])
 
 
 def test_rows_of_table_8_differ_by_what_they_are_called():
-    rows = experiments.rows_of("table 8", experiments.ROWS["table 8"], {"data": "x"}, 1)
+    rows = rows_of("table 8", ROWS["table 8"], {"data": "x"}, 1)
     settings = [vars(row.configs[0]) for row in rows]
     changed = [{k for k in a if a[k] != b[k]} for a, b in zip(settings, settings[1:], strict=False)]
     assert changed[0] == {"strong"}
@@ -67,7 +68,7 @@ def test_rows_of_table_8_differ_by_what_they_are_called():
 
 def test_a_table_shows_the_papers_detector_unless_told():
     def shown(name, **options):
-        [row] = experiments.rows_of(name, {"medmix": ""}, {"data": "x"} | options, 1)[:1]
+        [row] = rows_of(name, {"medmix": ""}, {"data": "x"} | options, 1)[:1]
         return row.configs[0].detector, row.detector
 
     assert shown("figure 7") == ("padim", "padim") and shown("figure 6") == ("igd", "igd")
@@ -77,20 +78,20 @@ def test_a_table_shows_the_papers_detector_unless_told():
 
 
 def test_options_of_a_row_win_over_those_of_all():
-    rows = experiments.rows_of("table 9", experiments.ROWS["table 9"], {"init": "random"}, 1)
+    rows = rows_of("table 9", ROWS["table 9"], {"init": "random"}, 1)
     by_name = {row.name: row.configs[0] for row in rows}
     assert by_name["ImageNet"].init == "imagenet" and by_name["CSI"].init == "random"
 
 
 def test_an_impossible_row_is_named_before_anything_runs():
     with pytest.raises(ValueError, match="table 9, row SimCLR: --terms"):
-        experiments.rows_of("table 9", {"SimCLR": "--method simclr"}, {"terms": "aug"}, 1)
+        rows_of("table 9", {"SimCLR": "--method simclr"}, {"terms": "aug"}, 1)
 
 
 def test_a_sweep_is_a_name_and_options_a_line(tmp_path):
     file = tmp_path / "settings.txt"
     file.write_text("# what decides R20\nplain\n\nraw   --features raw --alpha 5  # collapses\n")
-    assert experiments.read_sweep(file) == {"plain": "", "raw": "--features raw --alpha 5"}
+    assert read_sweep(file) == {"plain": "", "raw": "--features raw --alpha 5"}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_a_mistake_in_a_sweep_names_its_line(text, named, tmp_path, capfd):
     file = tmp_path / "settings.txt"
     file.write_text(text)
     with pytest.raises(ValueError, match=named):
-        experiments.read_sweep(file)
+        read_sweep(file)
     assert capfd.readouterr().err == ""
 
 
@@ -140,7 +141,7 @@ def test_means_and_deviations_are_over_the_seeds(tmp_path):
     log = "epoch,spread,accuracy\n1,0.5,0.25\n2,0.03,0.75\n"
     for seed, auroc in enumerate((0.6, 0.7, 0.8)):
         finished(tmp_path, config(seed=seed), auroc, log)
-    [row] = experiments.filled(experiments.rows_of("s", {"a": ""}, vars(config()), 3), tmp_path)
+    [row] = experiments.filled(rows_of("s", {"a": ""}, vars(config()), 3), tmp_path)
     mean, sd = row.value("image_auroc")
     assert mean == pytest.approx(0.7) and sd == pytest.approx(0.1)
     assert row.value("pretext")[0] == 0.75 and row.value("spread")[0] == pytest.approx(0.03)
@@ -150,7 +151,7 @@ def test_means_and_deviations_are_over_the_seeds(tmp_path):
 @pytest.mark.parametrize("names", [("base", "raw"), ("raw", "base"), ("first", "other")])
 def test_rows_are_compared_with_base_or_the_first_on_the_same_seeds(names, tmp_path):
     settings = {"base": "", "raw": "--features raw", "first": "", "other": "--features raw"}
-    rows = experiments.rows_of("s", {n: settings[n] for n in names}, vars(config()), 3)
+    rows = rows_of("s", {n: settings[n] for n in names}, vars(config()), 3)
     reference, other = sorted(rows, key=lambda row: row.name)
     for seed, auroc in {1: 0.6, 2: 0.7}.items():
         finished(tmp_path, reference.configs[seed], auroc)
@@ -160,7 +161,7 @@ def test_rows_are_compared_with_base_or_the_first_on_the_same_seeds(names, tmp_p
     reference, other = sorted(results, key=lambda row: row.name)
     assert other.value("gain") == (pytest.approx(0.01), None)  # seed 1 is all that both have
     assert reference.value("gain") is None and len(other.results) == 2
-    assert f"| AUC over {reference.name} |" in experiments.markdown("t", results, 3)
+    assert f"| AUC over {reference.name} |" in sheets.markdown("s", "t", results)
 
 
 def test_files_that_are_something_else_are_named(tmp_path, capsys):
@@ -179,8 +180,8 @@ def test_files_that_are_something_else_are_named(tmp_path, capsys):
 def test_tables_of_two_data_sets_do_not_overwrite_each_other(tmp_path):
     for data in ("/x/images", "/y/images"):
         common = {"data": data, "skip_bad": True}
-        rows = experiments.rows_of("s", {"a": ""}, common, 1)
-        assert "`--skip-bad`" in experiments.write("s", rows, common, tmp_path)
+        rows = rows_of("s", {"a": ""}, common, 1)
+        assert "`--skip-bad`" in sheets.write("s", rows, common, "images", tmp_path)
     assert len(list(tmp_path.glob("*.md"))) == 2
 
 
@@ -201,12 +202,12 @@ def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
             raise ValueError("no weights")
         finished(tmp_path, settings, 0.5)
 
-    monkeypatch.setattr(experiments, "run_job", lambda settings, out: job(settings, out))
-    rows = experiments.rows_of("s", {"a": "--alpha 3", "b": "--alpha 4"}, vars(config()), 2)
-    last = list(experiments.carry_out("s", rows, tmp_path))[-1]
+    monkeypatch.setattr(experiments, "run_job", lambda settings, out, keep: job(settings, out))
+    rows = rows_of("s", {"a": "--alpha 3", "b": "--alpha 4"}, vars(config()), 2)
+    last = list(experiments.carry_out("s", rows, tmp_path, False))[-1]
     assert tried == [(3, 0), (4, 0), (4, 1)]  # a seed of all rows before the next seed
     assert [len(row.results) for row in last] == [0, 2] and last[0].failure == "no weights"
-    text = experiments.markdown("t", last, 3)
+    text = sheets.markdown("s", "t", last)
     assert "| a | 0 | not run |" in text and "a failed: no weights" in text
 
 
@@ -215,10 +216,7 @@ def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, 
     sweep.write_text("plain\nnothing --method random\n")
     command = ["--sweep", str(sweep), "--data", str(images), "--seeds", "1", "--out", str(out)]
     assert experiments.main([*command, *OPTIONS, "--show"]) == 0
-    assert (
-        not list(out.glob("*/results.json"))
-        and "| plain | 0 | not run |" in capsys.readouterr().out
-    )
+    assert "| plain | 0 | not run |" in capsys.readouterr().out and not out.exists()
     assert experiments.main([*command, *OPTIONS]) == 0
     assert "| plain | 1 | " in capsys.readouterr().out
     runs = sorted(out.glob("*/results.json"))
@@ -230,12 +228,19 @@ def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, 
     assert after[0] != before[0] and after[1] == before[1]
     decoded = {file.name for file in (out / "cache").glob("*.u8")}
     assert decoded and decoded == {file.name for file in out.glob("*/cache/*.u8")}
-    names = {file.suffix for file in out.glob("pair-phantom-*")}
-    assert names == {".md", ".csv", ".png"}
-    [table] = out.glob("pair-phantom-*.csv")
-    lines = list(csv.DictReader(table.read_text().splitlines()))
-    assert [line["row"] for line in lines] == ["plain", "nothing"]
-    assert float(lines[0]["image_auroc_mean"]) >= 0 and lines[0]["image_auroc_sd"] == ""
+    written = sorted(file.suffix for file in out.glob("pair-phantom-*"))
+    assert written == [".csv", ".csv", ".md", ".png"]
+    table, of_runs = (
+        list(csv.DictReader(file.read_text().splitlines()))
+        for file in sorted(out.glob("pair-phantom-*.csv"), key=lambda f: "-runs" in f.name)
+    )
+    assert [line["row"] for line in table] == ["plain", "nothing", "trivial"]
+    assert float(table[0]["image_auroc_mean"]) >= 0 and table[0]["image_auroc_sd"] == ""
+    assert [(line["row"], line["seed"]) for line in of_runs] == [
+        ("plain", "0"), ("nothing", "0"), ("trivial", "0"),
+    ]  # fmt: skip
+    assert of_runs[0]["image_auroc"] == table[0]["image_auroc_mean"] and of_runs[0]["aupro"]
+    assert not list(out.glob("*/checkpoint*.pt")) and len(list(out.glob("*/encoder.pt"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -262,16 +267,16 @@ def test_a_mistake_is_one_line(arguments, named, capsys, tmp_path):
 def test_the_papers_figure_stands_beside_ours(tmp_path):
     base = vars(config()) | {"seed": 0}
     finished(tmp_path, config(), 0.6123)
-    rows = experiments.rows_of("table 9", {"PMSACL": ""}, base, 1)
-    lines = experiments.markdown("t", experiments.filled(rows, tmp_path), 3).splitlines()
+    rows = rows_of("table 9", {"PMSACL": ""}, base, 1)
+    lines = sheets.markdown("table 9", "t", experiments.filled(rows, tmp_path)).splitlines()
     head = lines[2].split(" | ")
     assert head[1:4] == ["seeds", "AUC", "paper: AUC"]
     assert lines[4].startswith("| PMSACL | 1 | 0.612 | 0.996 |")
 
 
 def test_table_5_shows_the_papers_deviations_as_rows():
-    rows = experiments.rows_of("table 5", experiments.ROWS["table 5"], {"data": "x"}, 5)
-    text = experiments.markdown("t", rows, 4)
+    rows = rows_of("table 5", ROWS["table 5"], {"data": "x"}, 5)
+    text = sheets.markdown("table 5", "t", rows)
     assert "| paper: LAG |" in text and "0.0163" in text
 
 
