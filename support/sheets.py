@@ -27,7 +27,7 @@ MEASURES = {  # of a finished run -> heading
     "pro": "Pro",
     "pixel_auroc": "pixel AUROC",
     "aupro": "AUPRO",
-    "fake_lesions": "fake lesions found",  # image AUROC; healthy images only
+    "fake_lesions": "AUC of fake lesions",  # in healthy images
     "pretext": "f_beta's accuracy",
     "spread": "spread of z",
     "minutes": "minutes a run",  # of the last process only, if the run was resumed
@@ -43,6 +43,12 @@ def measures_of(name: str) -> tuple[str, ...]:
     if name in MASKED:
         return _LOCALISATION
     return _DETECTION if name in OF_ONE_SET else _OTHERS
+
+
+def shown(name: str, rows: Sequence[Row]) -> list[Row]:
+    """Without rows that have nothing to show: trivial baselines in a table of localisation."""
+    first = measures_of(name)[0]
+    return [row for row in rows if row.configs or row.paper or row.value(first)]
 
 
 def headings(name: str, rows: Sequence[Row]) -> list[tuple[str, bool]]:
@@ -141,6 +147,7 @@ def sheet(
 
     common: options of all rows.   images: the data set's name.
     """
+    rows = shown(name, rows)
     options = _text_of({k: v for k, v in common.items() if k not in ("data", "device")})
     title = title_of(name, rows, images)
     text = markdown(name, f"{title}\n\nOptions of all rows: `{options}`", rows)
@@ -153,6 +160,7 @@ def sheet(
 
 def write(name: str, rows: Sequence[Row], common: Mapping[str, Any], images: str, out: Path) -> str:
     """Write NAME-DATASET-HASH.md, .csv, .png and -runs.csv to `out`; return the Markdown text."""
+    rows = shown(name, rows)
     stem, title, text = sheet(name, rows, common, images)
     write_file(out / f"{stem}.md", encoded(text))
     write_file(out / f"{stem}.csv", encoded(as_csv(name, rows)))
