@@ -43,6 +43,7 @@ from support.options import CENTRED, Config, lesion_area, positive_scale
 from support.progress import progress, quietly, say
 from support.run import average_gradients, gather, ranks, synchronised
 from support.training import start_weights, train
+from support.worth import fake_lesions
 from weak import weak
 
 # --- section 3.2: the views and the sum of the terms -------------------------------------------
@@ -291,7 +292,7 @@ class Pretraining:
         return measured
 
     def end_epoch(self) -> dict[str, float]:
-        """The health of the pretext task, for the log; warns once of a collapse."""
+        """For the log: the health of the pretext task, warning once of a collapse; fake lesions."""
         health = self.health()
         if health["spread"] < 0.1 * self.spread and not self.collapsed:
             self.collapsed = True
@@ -299,6 +300,9 @@ class Pretraining:
                 f"collapse: the spread of z fell from {self.spread:.2g} to {health['spread']:.2g}; "
                 "see R20 in docs/deviations.md (--features, --centre-weight)"
             )
+        if not self.local and self.rank == 0:
+            fakes = fake_lesions(self.encoder.backbone, self.data, seed=self.config.seed)
+            health |= {"fake_auroc": fakes["image_auroc"], "fake_aupro": fakes["aupro"]}
         return health
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from baselines.pretraining import METHODS, UNTRAINED
 from baselines.strong import STRONG
 from encoder import Encoder
 from support.options import Config, make_config
+from support.worth import fake_lesions
 
 TRAINED = [name for name in METHODS if name not in UNTRAINED]
 
@@ -360,3 +361,16 @@ def test_a_collapse_is_said_once(capsys):
     for _ in range(2):
         training.end_epoch()
     assert capsys.readouterr().err.count("collapse: the spread of z fell from 1e+09") == 1
+
+
+def test_an_epoch_logs_how_well_fake_lesions_are_found_except_on_patches():
+    training = pmsacl.Pretraining(pictures(count=16), tiny())
+    before = copy.deepcopy(training.encoder.state_dict())
+    row = training.end_epoch()
+    fakes = fake_lesions(training.encoder.backbone, training.data, seed=0)
+    assert (row["fake_auroc"], row["fake_aupro"]) == (fakes["image_auroc"], fakes["aupro"])
+    assert training.encoder.training  # and watching it has changed nothing
+    for name, value in training.encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+    local = pmsacl.Pretraining(pictures(size=64), tiny(image_size=64), local=True)
+    assert "fake_auroc" not in local.end_epoch()
