@@ -40,16 +40,17 @@ def mahalanobis_ref(x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
     return torch.einsum("pij,bpj->bpi", whitening, x - mean).norm(dim=2)
 
 
-def _torch_distance(x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
+def _torch_distance(x: Tensor, mean: Tensor, rows: list[Tensor]) -> Tensor:
     """The definition in blocks of positions, whose scratch stays small; W is read once."""
     (B, P, D), dtype = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide = B * D if whitening.dtype == dtype else max(B, D) * D  # else W is converted by the block
+    wide = B * D if rows[0].dtype == dtype else max(B, D) * D  # else W is converted by the block
     step = max(1, SCRATCH // wide)
     out = torch.empty(B, P, dtype=dtype, device=x.device)
     for first in range(0, P, step):
         p = slice(first, first + step)
-        operands = x[:, p].to(dtype), mean[p].to(dtype), whitening[p].to(dtype)
-        out[:, p] = mahalanobis_ref(*operands)
+        delta = (x[:, p].to(dtype) - mean[p].to(dtype)).transpose(0, 1)  # (p, B, D)
+        y = [delta[..., : w.shape[2]] @ w[p].to(dtype).mT for w in rows]
+        out[:, p] = torch.cat(y, 2).norm(dim=2).T
     return out
 
 
@@ -115,7 +116,13 @@ def _launch(x, mean, whitening, allow_tf32):
 
 
 def mahalanobis(
-    x: Tensor, mean: Tensor, whitening: Tensor, *, backend: str = "auto", allow_tf32: bool = False
+    x: Tensor,
+    mean: Tensor,
+    whitening: Tensor,
+    *,
+    rows: list[Tensor] | None = None,
+    backend: str = "auto",
+    allow_tf32: bool = False,
 ) -> Tensor:
     """s_bp = |W_p (x_bp - mu_p)|_2.  [P:(13)]
 
@@ -124,6 +131,7 @@ def mahalanobis(
     whitening:  (P, D, D) W_p, lower triangular (the upper half must be zero; the Triton path
                 never reads it). It may be stored as bfloat16, half the memory: each element is
                 then off by up to 2^-9 of itself, and the distance by 2^-9 |(|W| |x - mu|)|.
+    rows:       W's block rows (P, i, j), columns 0 to j; the torch path reads them instead of W.
     backend:    "auto" (by the device), "torch" or "triton" (D <= 1024).
     allow_tf32: Triton path: round x - mu and W to 10 bits for the products. False: float32.
     returns:    (B, P) float32 (float64 for a float64 x), all >= 0.
@@ -143,7 +151,7 @@ def mahalanobis(
         raise ValueError("mahalanobis has no gradient: use torch.no_grad() or mahalanobis_ref")
     if choose_backend(backend, x.device) == "torch":
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return _torch_distance(x, mean, whitening)
+            return _torch_distance(x, mean, rows or [whitening])
     if x.shape[2] > MAX_D or torch.float64 in (x.dtype, mean.dtype, whitening.dtype):
         raise ValueError(
             f"the Triton path takes 16- and 32-bit floats and D <= {MAX_D}, got {x.dtype} and "

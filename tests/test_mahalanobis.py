@@ -17,6 +17,7 @@ from conftest import BACKENDS, DEVICE, ROOT, RUNS_TRITON, U32, assert_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from detectors import block_rows
 from kernels import mahalanobis
 from kernels.mahalanobis import mahalanobis_ref
 
@@ -93,6 +94,16 @@ def test_distances_stay_within_their_rounding_budget(backend, case):
     got = mahalanobis.mahalanobis(*case, backend=backend)
     assert got.dtype == torch.float32
     assert_within(got, want, budget(*case))
+
+
+@given(case=cases())
+def test_block_rows_stand_for_the_whole_of_w(case):
+    x, mean, W = case
+    rows, unread = block_rows(W), torch.full_like(W, math.nan)
+    assert sum(row[0].numel() for row in rows) <= math.ceil(5 * W.shape[1] ** 2 / 8) + W.shape[1]
+    got = mahalanobis.mahalanobis(x, mean, unread, rows=rows, backend="torch")
+    want = mahalanobis_ref(*(t.double() for t in case))
+    assert_within(got, want, budget(x, mean, W))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
