@@ -63,6 +63,8 @@ def fit(
     settings |= {"image_size": options["image_size"], "seed": options["seed"]}
     given = {"epochs": options["detector_epochs"], "lr": options["detector_lr"]}
     settings |= {option: value for option, value in given.items() if value}
+    if name == "fanogan" and options["detector_epochs"]:
+        settings["encoder_epochs"] = options["detector_epochs"]
     if name == "dae":
         settings["denoise"] = options["denoise"]
     detector = kind(backbone if kind.pretrained else options["device"], **settings)

@@ -124,7 +124,9 @@ class Config:
     weight_decay: float = _option(3e-4, "of SGD", least=0, most=1)  # [P!§4.2 R15]
     # detectors
     detector: str = _option("padim", f"what scores the images: both, or some of {', '.join(NAMES)}")
-    detector_epochs: int = _option(0, "of each compared detector; 0: its own", least=0, most=10**6)
+    detector_epochs: int = _option(
+        0, "of each training of a compared detector; 0: its own", least=0, most=10**6
+    )
     detector_lr: float = _option(0.0, "of each compared detector; 0: its own", least=0, most=RATE)
     denoise: float = _option(0.0, "share of pixels hidden from dae in training", least=0, most=1)
     local: str = _option("auto", "IGD's local model; auto: above 64 px", ["auto", "yes", "no"])
