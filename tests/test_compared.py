@@ -16,7 +16,7 @@ import eval as evaluation
 from baselines.steps import Detector, Training, convolutions, deconvolutions, frozen, stages
 from encoder import BasicBlock, ResNet18, normalise, seeded
 from support import job, options
-from support.compared import COMPARED, NAMES, chosen
+from support.compared import COMPARED, NAMES, chosen, fit
 from support.training import train
 
 
@@ -136,6 +136,26 @@ def test_a_stopped_training_ends_with_the_same_weights(name, tmp_path):
             assert training.step_done == 3 and training.rate == first.rate
         run(training)
     assert same(whole, resumed) and not same(whole, small(name, seed=1).fit(x))
+
+
+@pytest.mark.parametrize("name", ["fanogan", "cutpaste"])
+def test_a_second_training_that_stopped_goes_on_too(name, tmp_path):
+    x = images(9)
+    whole, stopped, resumed = (small(name) for _ in range(3))
+    for training in whole.trainings(x):
+        run(training)
+    for training in stopped.trainings(x):
+        first = training.name == name
+        run(training, math.inf if first else 1)
+        torch.save(training.state_dict(), tmp_path / f"{training.name}.pt")
+        if not first:
+            break
+    for training in resumed.trainings(x):
+        state = torch.load(tmp_path / f"{training.name}.pt", weights_only=True)
+        training.load_state_dict(state)
+        assert training.step_done == (training.total if training.name == name else 1)
+        run(training)
+    assert same(whole, resumed)
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -258,6 +278,12 @@ def test_the_main_job_fits_evaluates_and_resumes_them(tmp_path):
     checkpoint["settings"]["lr"] = 1.0
     torch.save(checkpoint, folder / "checkpoint_dae.pt")
     assert job.main([*arguments, "--resume"]) == 2  # one clear line
+
+
+def test_the_epochs_of_a_run_hold_for_both_trainings_of_fanogan(tmp_path):
+    given = {"preset": "quick", "image_size": 32, "seed": 0, "device": "cpu", "detector_lr": 0.0}
+    detector = fit("fanogan", nn.Identity(), images(4), given | {"detector_epochs": 1}, tmp_path)
+    assert (detector.epochs, detector.encoder_epochs) == (1, 1) and detector.ready
 
 
 def test_a_run_takes_the_encoders_of_another(tmp_path, capsys):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import experiments
 from support import phantom, sheets, tables
+from support.compared import COMPARED
 from support.options import PRESETS, Config, make_config
-from support.rows import ROWS, read_sweep, rows_of
+from support.rows import ROWS, read_sweep, rows_of, with_more
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -66,6 +68,57 @@ def test_rows_of_table_8_differ_by_what_they_are_called():
     assert settings[3]["alpha"] == 1 and settings[4]["alpha"] == Config.alpha
 
 
+COMPARED_TABLES = (1, 2, 3, 4, 6, 7)
+
+
+@pytest.mark.parametrize("number", COMPARED_TABLES)
+def test_the_papers_figures_stand_beside_ours_on_the_papers_images_alone(number):
+    name = f"table {number}"
+    source, columns, printed = tables.PRINTED[name]
+    for data_set in (source, "", "another"):
+        rows = rows_of(name, ROWS[name], {"data": "x", "init": "random"}, 1, data_set)
+        assert [row.name for row in rows] == list(ROWS[name])
+        assert len(rows) == (6 if number > 4 else 13)
+        figures = {row.name: tuple(row.paper.values()) for row in rows if any(row.paper.values())}
+        starless = {row.removesuffix("*"): figures for row, figures in printed.items()}
+        assert figures == (starless if data_set == source else {})
+        text = sheets.sheet(name, rows, {}, "x")[2]
+        assert text.count("paper: ") == (len(columns) + 1 if data_set == source else 0)
+        assert text.count("| not run |") == len(rows)
+
+
+def test_rows_of_one_pretraining_are_one_run_and_table_6_adds_none(tmp_path):
+    shared = {"data": "x", "init": "random"}
+    rows = [*rows_of("table 1", ROWS["table 1"], shared, 1)]
+    folders = {row.name: experiments.folder_of(row.configs[0], tmp_path) for row in rows}
+    assert len(set(folders.values())) == 11
+    for method in ("CCD", "PMSACL"):
+        assert folders[f"{method} - PaDiM"] == folders[f"{method} - IGD"]
+    assert [row.detector for row in rows[-6:]] == ["padim"] * 3 + ["igd"] * 3
+    assert {row.detector for row in rows[:7]} == set(COMPARED)
+    assert all(r.detector == r.name.lower().replace("-", "") for r in rows[:7])
+    for row in rows_of("table 6", ROWS["table 6"], shared, 1):
+        assert experiments.folder_of(row.configs[0], tmp_path) == folders[row.name]
+    other = rows_of("table 1", ROWS["table 1"], shared | {"epochs": 3, "lr": 0.5}, 1)
+    same = {r.name for r in other if experiments.folder_of(r.configs[0], tmp_path) in
+            folders.values()}  # fmt: skip
+    assert same == {row.name for row in rows} - {r.name for r in rows if " - " in r.name}
+    assert all(row.configs[0].method == "none" for row in rows if row.name in same)
+
+
+def test_further_options_of_single_rows_come_from_a_file(tmp_path, capsys):
+    file = tmp_path / "rows.txt"
+    file.write_text("DAE --detector-epochs 7\n'CCD - IGD' --igd-epochs 3\n")
+    more = with_more(ROWS["table 1"], read_sweep(file))
+    rows = {row.name: row.configs[0] for row in rows_of("table 1", more, {"data": "x"}, 1)}
+    assert rows["DAE"].detector_epochs == 7 and rows["OCGAN"].detector_epochs == 0
+    assert rows["CCD - IGD"].igd_epochs == 3 != rows["PMSACL - IGD"].igd_epochs
+    assert with_more(ROWS["table 9"], {}) == ROWS["table 9"]
+    command = ["--table", "6", "--rows", str(file), "--show", "--out", str(tmp_path / "out")]
+    assert experiments.main(command) == 2
+    assert f"--rows {file}: no row is called DAE" in capsys.readouterr().err
+
+
 def test_a_table_shows_the_papers_detector_unless_told():
     def shown(name, **options):
         [row] = rows_of(name, {"medmix": ""}, {"data": "x"} | options, 1)[:1]
@@ -75,6 +128,7 @@ def test_a_table_shows_the_papers_detector_unless_told():
     assert shown("figure 6", detector="padim") == ("padim", "padim")
     assert shown("figure 6", detector="both") == ("both", "igd")
     assert shown("figure 7", detector="both") == ("both", "padim")
+    assert shown("figure 7", detector="dae,igd") == ("dae,igd", "dae")
 
 
 def test_options_of_a_row_win_over_those_of_all():
@@ -193,6 +247,44 @@ def test_a_data_set_without_test_images_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_tables_of_localisation_need_masks(images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "set")
+    shutil.rmtree(tmp_path / "set/ground_truth")
+    command = ["--table", "6", "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    assert experiments.main(command) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no masks, which --table 6 measures with" in line and not (tmp_path / "out").exists()
+    assert experiments.main(["--table", "6", "--data", str(images), *command[4:], "--show"]) == 0
+
+
+def test_the_time_left_is_that_of_the_finished_runs(tmp_path):
+    rows = rows_of("s", {"a": "", "b": "--alpha 3", "c": "--alpha 4"}, vars(config()), 2)
+    assert experiments.time_left(rows, tmp_path) == ""
+    for row, seconds in zip(rows[:2], (60.0, 300.0), strict=True):
+        folder = finished(tmp_path, row.configs[0], 0.5)
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(results | {"seconds": {"all": seconds}}))
+    text = experiments.time_left(rows, tmp_path)
+    assert text == ", about 12 min 00 s left for all"  # 1 of a, 5 of b, two of 3 each
+
+
+def test_trivial_baselines_are_the_last_row_and_not_of_tables_of_localisation(tmp_path):
+    rows = rows_of("s", {"a": "", "b": "--alpha 3"}, vars(config()), 2)
+    for seed, auroc in enumerate((0.6, 0.7)):
+        folder = finished(tmp_path, rows[1].configs[seed], 0.5)
+        results = json.loads((folder / "results.json").read_text())
+        trivial = {"image_auroc": auroc, "image_auroc_interval": [auroc - 0.1, auroc + 0.1]}
+        trivial |= {"accuracy": 0.7, "baseline": ("darker images", "larger files")[seed]}
+        (folder / "results.json").write_text(json.dumps(results | {"trivial": trivial}))
+    *_, last = done = experiments.filled(rows, tmp_path)
+    assert last.name == "trivial" and last.value("image_auroc")[0] == pytest.approx(0.65)
+    text = sheets.markdown("s", "t", done)
+    assert "| trivial | 2 | 0.650 ± 0.071 | 0.550 to 0.750 |" in text
+    assert "without a network: darker images, or larger files" in text
+    assert sheets.runs_csv(done).splitlines()[-1].startswith("trivial,1,0.7,")
+    assert sheets.shown("table 6", done) == done[:2] and sheets.shown("table 1", done) == done
+
+
 def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     tried = []
 
@@ -241,6 +333,10 @@ def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, 
     ]  # fmt: skip
     assert of_runs[0]["image_auroc"] == table[0]["image_auroc_mean"] and of_runs[0]["aupro"]
     assert not list(out.glob("*/checkpoint*.pt")) and len(list(out.glob("*/encoder.pt"))) == 2
+    command[command.index("1")] = "2"
+    assert experiments.main([*command, *OPTIONS, "--keep"]) == 0
+    kept = {file.parent.name[-1] for file in out.glob("*/checkpoint.pt")}
+    assert kept == {"1"}  # of the new seed's runs
 
 
 @pytest.mark.parametrize(

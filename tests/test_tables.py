@@ -56,6 +56,28 @@ def test_the_papers_figure_stands_beside_ours_on_its_data_set_only():
     assert widths == {6, 7}
 
 
+@pytest.mark.parametrize(
+    ("layout", "folder", "name"),
+    [
+        ("Hyper-Kvasir archive", "images", "Hyper-Kvasir"),
+        ("HyperKvasir", "kvasir", "Hyper-Kvasir"),
+        ("MVTec", "hyper-kvasir", "Hyper-Kvasir"),
+        ("MVTec", "colon_kvasir_patch", ""),
+        ("MVTec", "LAG", "LAG"),
+        ("BMAD", "lag_256", "LAG"),
+        ("MVTec", "flags", ""),
+        ("MVTec", "covid-x", "Covid-X"),
+        ("MVTec", "COVIDx_CXR", "Covid-X"),
+        ("MVTec", "covid", ""),
+        ("MVTec", "liu-colonoscopy", "Liu et al."),
+        ("MVTec", "liuhe", ""),
+    ],
+)
+def test_the_papers_images_are_told_by_their_layout_or_folder(layout, folder, name):
+    assert tables.papers_name(Dataset(layout, Path("/x", folder), (), ())) == name
+    assert not name or name in {source for source, _, _ in tables.PRINTED.values()}
+
+
 def test_the_cells_of_a_table_never_split():
     text = tables.markdown_table([["", "|A| = 2"], ["a", "b|c"]])
     assert text == "|  | \\|A\\| = 2 |\n| --- | --- |\n| a | b\\|c |\n"
