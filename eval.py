@@ -220,8 +220,6 @@ def evaluate(
             )
             drawn[f"localisation_{name}"] = figures.localisation_figure(*of_set, cases, name)
             shown[name] = cards.gallery(*of_set, validation)
-        elif masks is not None:
-            rows[name]["notes"].append(f"{name} gives no heat maps: no pixel measures of it.")
     if baselines:
         rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
     add_worth(rows, scores, labels, test, [sample.kind for sample in dataset.test], seed)

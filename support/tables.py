@@ -123,6 +123,8 @@ def results_table(results: Mapping[str, Any]) -> str:
             "IoU, Dice and Pro: abnormal images, mean (± standard deviation) over groups as in "
             "Table 6. Last two columns: all measured images, normal ones too.\n",
         ]
+        if without := [name for name in rows if name not in segmented]:
+            text.append(f"Without heat maps, so not in this table: {', '.join(without)}.\n")
     for name, row in rows.items():
         text.append(f"- {name}: an image is abnormal at a score of {row['threshold']:.6g} or more.")
         if name in segmented:
