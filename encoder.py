@@ -20,8 +20,8 @@ T = TypeVar("T", Tensor, nn.Module)
 
 POOLED = 512  # channels of layer4
 Z = 128  # output features                                                        [P:§4.2]
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, in [0, 1]: what its weights expect
-STD = (0.229, 0.224, 0.225)
+# Mean and standard deviation of ImageNet's channels, in [0, 1]: what its weights expect
+IMAGENET = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])[:, :, None, None]
 
 
 def to_unit(images: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
@@ -30,9 +30,11 @@ def to_unit(images: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
     images:  (B, 3, S, S), uint8 in 0..255 or floating in [0, 1].
     returns: (B, 3, S, S) float32.
     """
+    on_cpu = torch.device(device).type == "cpu"
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.array(images))  # a copy: memory-maps are read-only
-    images = images.to(device)
+        images = images if on_cpu else images.pin_memory()  # else the next line would wait
+    images = images.to(device, non_blocking=not on_cpu)
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
@@ -41,7 +43,7 @@ def normalise(x: Tensor) -> Tensor:
 
     x: (B, 3, S, S) in [0, 1].   returns: (B, 3, S, S), about zero mean and unit variance.
     """
-    mean, std = x.new_tensor([MEAN, STD])[:, :, None, None]
+    mean, std = IMAGENET.to(x, non_blocking=not x.is_cpu)
     return (x - mean) / std
 
 
@@ -134,9 +136,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_normal_(
-                part.weight, mode="fan_out", nonlinearity="relu", generator=generator
-            )
+            nn.init.kaiming_normal_(part.weight, 0, "fan_out", "relu", generator)
         elif isinstance(part, nn.Linear):
             bound = 1 / math.sqrt(part.in_features)
             nn.init.uniform_(part.weight, -bound, bound, generator=generator)
@@ -179,10 +179,11 @@ class Encoder(nn.Module):
         """z = f_theta(x) and the pooled backbone features h that it is made from.
 
         x:       (B, 3, S, S) in [0, 1].
-        returns: z (B, Z), h (B, 512).
+        returns: z (B, Z), h (B, 512), float32.
         """
-        h = self.backbone.pooled(normalise(x))
-        z = self.head(h)
+        with autocast(x.device):
+            h = self.backbone.pooled(normalise(x))
+            z, h = self.head(h).float(), h.float()
         return (F.normalize(z, dim=1) if self.features == "unit" else z), h
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,8 +208,9 @@ def channels_last(x: T) -> T:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is many times slower."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 on a GPU that has it; elsewhere it is emulated, and slower than float32."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def seeded(*key: int) -> torch.Generator:

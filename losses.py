@@ -178,12 +178,12 @@ def patch_pairs(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     room = s - PATCH + 1 - shift.abs()  # (B, 2) places along each axis
     first = torch.minimum((place * room).long(), room - 1) - shift.clamp(max=0)  # (B, 2) corners
     windows = x.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # (B, 3, places, places, 32, 32), no copy
+    first, shift, p = (t.to(x.device, non_blocking=not x.is_cpu) for t in (first, shift, p))
 
     def patches_at(corner: Tensor) -> Tensor:
-        y_x = corner.to(x.device)
-        return windows[torch.arange(b, device=x.device), :, y_x[:, 0], y_x[:, 1]]
+        return windows[torch.arange(b, device=x.device), :, corner[:, 0], corner[:, 1]]
 
-    return patches_at(first), patches_at(first + shift), p.to(x.device)
+    return patches_at(first), patches_at(first + shift), p
 
 
 @contextlib.contextmanager

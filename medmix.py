@@ -1,7 +1,6 @@
 """A_n, MedMix: n synthetic lesions on each image of a batch.  [P:§3.1] [P:§4.2]
 
-Not here: A_0 and the steps of the colour jitter (weak.py), the augmentations that Fig. 6 compares
-with MedMix (baselines/strong.py), what is learned from the views (pmsacl.py).
+Not here: A_0 and the steps of the jitter (weak.py), Fig. 6's augmentations (baselines/strong.py).
 
 B images of S x S pixels in [0, 1]; A classes; N outputs. Rank by rank, the largest lesion of each
 image first: K images have a lesion of the rank, and the longest side of these is s pixels.
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Generator, Tensor
 
-from weak import jitter, sample, side_of, uniform, whole_number
+from weak import jitter, moved, sample, side_of, uniform, whole_number
 
 LOG_ASPECT = (-math.log(3), math.log(3))  # of a lesion's height / width  [P!§4.2 R12]
 JITTER = (0.6, 0.6, 0.6, 0.1)  # brightness, contrast, saturation, hue
@@ -42,12 +41,10 @@ def medmix(
     Each is a patch of a random other image of the batch, altered by colour jitter, Gaussian noise,
     fisheye and horizontal wave, each with probability p, and pasted at a random place through a
     soft elliptic or rectangular mask. Its box has an area uniform between min_area and max_area of
-    the image (an ellipse fills 79% of it). Of PLACES places drawn, the one that overlaps the
-    image's earlier lesions least is taken, so that class n shows n lesions.
+    the image. Of PLACES places the one that overlaps the image's earlier lesions least is taken.
 
     x:            (B, 3, S, S) float in [0, 1], B >= 2 unless all of n are 0.
     n:            (N,) integers in 0..A-1, N a multiple of B; output i comes from image i % B.
-                  torch.arange(A).repeat_interleave(B) gives every image every class.
     classes:      A; None reads it from n.
     p:            probability of each of the four alterations.
     at_least_one: if none of the four fires, one is drawn: an unaltered patch is no lesion.
@@ -63,12 +60,13 @@ def medmix(
         at, v, u = squares(image, box, x)
         share = opacity(v, u, uniform(generator, 0, 1, k) < 0.5)  # (K, 1, s, s)
         inside = ((v.abs() < 1) & (u.abs() < 1))[:, None]
-        jittered, noisy, bulged, waved = alterations(k, generator, p, at_least_one).unbind(1)
+        on = alterations(k, generator, p, at_least_one)  # (K, 4)
+        jittered, noisy, bulged, waved = (moved(f.nonzero()[:, 0], x) for f in on.unbind(1))
         u[waved] = wave(v[waved], u[waved], generator)
         v[bulged], u[bulged] = fisheye(v[bulged], u[bulged], generator)
         patch = cut(x, image, box, v, u, generator)  # (K, 3, s, s)
         patch[jittered] = jitter(patch[jittered], JITTER, generator, inside[jittered])
-        patch[noisy] = add_noise(patch[noisy], uniform(generator, *NOISE, k)[noisy], generator)
+        patch[noisy] = add_noise(patch[noisy], uniform(generator, *NOISE, k)[on[:, 1]], generator)
         paste(out, mask, at, patch, share)
     return out, mask[:, :1]
 
@@ -107,10 +105,10 @@ def squares(image: Tensor, box: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     side, s = x.shape[3], int(box[:, 2:].max())
     first = box[:, :2].clamp(max=side - s)  # the square lies inside the image
-    row, col = (first[:, :, None] + torch.arange(s, device=box.device)).to(x.device).unbind(1)
+    row, col = (moved(first, x)[:, :, None] + torch.arange(s, device=x.device)).unbind(1)
     plane = 3 * image[:, None] + torch.arange(3, device=image.device)  # (K, 3)
-    at = (plane.to(x.device)[:, :, None, None] * side + row[:, None, :, None]) * side
-    top, left, height, width = box.to(x)[:, :, None].unbind(1)  # (K, 1) each
+    at = (moved(plane, x)[:, :, None, None] * side + row[:, None, :, None]) * side
+    top, left, height, width = moved(box.float(), x)[:, :, None].unbind(1)  # (K, 1) each
     v, u = (row - top + 0.5) * (2 / height) - 1, (col - left + 0.5) * (2 / width) - 1  # (K, s)
     v, u = torch.broadcast_tensors(v[:, :, None], u[:, None, :])
     return at + col[:, None, None, :], v.clone(), u.clone()
@@ -118,7 +116,7 @@ def squares(image: Tensor, box: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def opacity(v: Tensor, u: Tensor, ellipse: Tensor) -> Tensor:
     """(K, 1, s, s): 0 on the lesion's outline, an ellipse or a rectangle, to 1 inside; smooth."""
-    r = torch.where(ellipse.to(v.device)[:, None, None], v.hypot(u), v.abs().maximum(u.abs()))
+    r = torch.where(moved(ellipse, v)[:, None, None], v.hypot(u), v.abs().maximum(u.abs()))
     t = ((1 - r) / EDGE).clamp_(0, 1)
     return (t * t * (3 - 2 * t))[:, None]
 
@@ -139,9 +137,9 @@ def wave(v: Tensor, u: Tensor, generator: Generator) -> Tensor:
     is mirrored at its sides. v, u: (K, s, s) in half-sides from the middle of the patch.
     """
     low, spread, sign = torch.tensor(WAVE, device=generator.device)
-    height = (low + spread * uniform(generator, 0, 1, len(v), 5)).to(v)  # (K, 5)
+    height = moved(low + spread * uniform(generator, 0, 1, len(v), 5), v)  # (K, 5)
     sign = torch.where(uniform(generator, 0, 1, len(v), 1) < 0.5, sign, -sign)
-    step = (sign * uniform(generator, 0.2, 0.6, len(v), 5)).to(v).diff()  # (K, 4)
+    step = moved(sign * uniform(generator, 0.2, 0.6, len(v), 5), v).diff()  # (K, 4)
     t = (v[:, :, :1] - height[:, None, :-1]) / height.diff()[:, None]  # (K, s, 4)
     f = (step[:, None] * (0.5 - 0.5 * torch.cos(math.pi * t.clamp(0, 1)))).sum(2, keepdim=True)
     return 1 - (2 - (u + f + 1).abs()).abs()  # mirrored at -1 and at 1
@@ -153,9 +151,9 @@ def fisheye(v: Tensor, u: Tensor, generator: Generator) -> tuple[Tensor, Tensor]
     Of its three random points the first is the lens's centre, the second lies on its rim, and the
     third between the two: it is seen half-way to the rim. Points only move inwards. v, u: as above.
     """
-    centre_v, centre_u = uniform(generator, -0.4, 0.4, 2, len(v), 1, 1).to(v)
-    radius = uniform(generator, 0.7, 1.3, len(v), 1, 1).to(v)
-    third = uniform(generator, 0.1, 0.35, len(v), 1, 1).to(v)  # of the radius; 0.5 changes nothing
+    centre_v, centre_u = moved(uniform(generator, -0.4, 0.4, 2, len(v), 1, 1), v)
+    radius = moved(uniform(generator, 0.7, 1.3, len(v), 1, 1), v)
+    third = moved(uniform(generator, 0.1, 0.35, len(v), 1, 1), v)  # of the radius; 0.5: no change
     dv, du = v - centre_v, u - centre_u
     gamma = third.log() / math.log(0.5)
     scale = ((dv**2 + du**2) / radius**2).clamp_(max=1).pow_((gamma - 1) / 2)  # r' / r
@@ -169,16 +167,18 @@ def cut(
     if len(x) < 2:
         raise ValueError("lesions are cut from other images: the batch needs at least 2, got 1")
     away = 1 + whole_number(generator, torch.full_like(image, len(x) - 1))
-    place = whole_number(generator, x.shape[3] - box[:, 2:] + 1)  # (K, 2), its size is box's
-    top, left, height, width = torch.cat([place, box[:, 2:]], 1).to(x)[..., None, None].unbind(1)
+    box = torch.cat([whole_number(generator, x.shape[3] - box[:, 2:] + 1), box[:, 2:]], 1).float()
+    top, left, height, width = moved(box, x)[..., None, None].unbind(1)  # (K, 1, 1) each
     row, col = top + (v + 1) * height / 2 - 0.5, left + (u + 1) * width / 2 - 0.5
-    return sample(x[((image + away) % len(x)).to(x.device)], row, col)
+    return sample(x[moved((image + away) % len(x), x)], row, col)
 
 
 def add_noise(x: Tensor, std: Tensor, generator: Generator) -> Tensor:
     """x + std e, clipped; std is (B,), e ~ N(0, 1) for each pixel, so grey images stay grey."""
-    e = torch.randn(len(x), 1, *x.shape[2:], generator=generator, device=generator.device)
-    return (x + (std[:, None, None, None] * e).to(x)).clamp_(0, 1)
+    if x.device.type != generator.device.type:  # so many numbers are drawn where they are used
+        generator = Generator(x.device).manual_seed(int(uniform(generator, 0, 2**62)))
+    e = torch.randn(len(x), 1, *x.shape[2:], generator=generator, device=x.device)
+    return (x + (moved(std, x)[:, None, None, None] * e).to(x)).clamp_(0, 1)
 
 
 def paste(out: Tensor, mask: Tensor, at: Tensor, patch: Tensor, share: Tensor) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from baselines.pretraining import UNTRAINED, nt_xent, supervised_contrastive
 from baselines.strong import STRONG
-from encoder import Encoder, autocast, channels_last, seeded, to_unit
+from encoder import Encoder, channels_last, seeded, to_unit
 from kernels.contrastive import contrastive
 from losses import (
     augmentation_loss,
@@ -70,7 +70,7 @@ def class_views(
     x:       (B, 3, S, S) in [0, 1].
     returns: views (N, 3, S, S), class ids n (N,), pair ids (N,); N = 2 A B.
     """
-    n = torch.arange(config.classes, device=x.device).repeat_interleave(len(x))  # (A B,)
+    n = torch.arange(config.classes).repeat_interleave(len(x))  # (A B,), where the draws are made
     x_n, _ = strong_set(config)(x, n, generator)  # (A B, 3, S, S), class by class
     views = x_n.new_empty(2 * len(x_n), *x.shape[1:])
     for view in (0, 1):
@@ -78,7 +78,7 @@ def class_views(
             x_n, generator, preset=config.weak, min_area=config.crop_area or None,
             strength=config.jitter, out=views[view::2],
         )  # fmt: skip
-    n = n.repeat_interleave(2)  # (N,)
+    n = torch.arange(config.classes, device=x.device).repeat_interleave(2 * len(x))  # (N,)
     return views, n, torch.arange(len(n), device=x.device) ^ 1
 
 
@@ -101,10 +101,7 @@ def loss_terms(
     names = [name for name in config.names_of_terms(local) if len(c) or name not in CENTRED]
     patches = patch_pairs(x, generator) if local or "pos" in names else None
     views, n, pair = class_views(patches[0] if local and patches else x, config, generator)
-    with autocast(x.device):
-        z, h = encoder.embed(channels_last(views))
-        logits = encoder.aug_logits(z, h).float()
-    z = z.float()  # (N, Z)
+    z, h = encoder.embed(channels_last(views))  # (N, Z), (N, 512)
     z_all, n_all, pair_all, rows = gather(z, n, pair)  # of all processes; this one's rows
 
     def l_pmsacl() -> Tensor:
@@ -115,14 +112,14 @@ def loss_terms(
 
     def l_pos() -> Tensor:
         assert patches is not None
-        with autocast(x.device), frozen_averages(encoder):  # c was not computed from patches
+        with frozen_averages(encoder):  # c was not computed from patches
             z_1, z_2 = encoder(channels_last(torch.cat(patches[:2]))).chunk(2)
-            return position_loss(encoder.position_logits(z_1, z_2).float(), patches[2])
+        return position_loss(encoder.position_logits(z_1, z_2), patches[2])
 
     terms: dict[str, Callable[[], Tensor]] = {
         "ctr": lambda: config.centre_weight * multi_centring_loss(z, n, c),
         "pmsacl": l_pmsacl,
-        "aug": lambda: augmentation_loss(logits, n),
+        "aug": lambda: augmentation_loss(encoder.aug_logits(z, h), n),
         "pos": l_pos,
         # of the methods that Table 9 compares with                            [P:Tab.9]
         "con": lambda: nt_xent(z_all, pair_all, tau=config.tau, rows=rows),
@@ -182,6 +179,7 @@ class Pretraining:
             lr=self.start_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" or None,
         )
         self.step_done = 0
         self.c = torch.zeros(0)  # (A, Z) once the warm-up is over

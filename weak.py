@@ -1,10 +1,8 @@
 """A_0, the weak augmentation: SimCLR's, on whole batches.  [P!§4.2 R16]
 
 Everything works on the device of the images, and every draw comes from an explicit
-`torch.Generator`. For images on a GPU, too, take one on the CPU: the same seed then gives the same
-views, and nothing waits for the GPU to say on which images a step fires.
-
-Not here: the strong augmentations (medmix.py), which jitter colours with the same steps.
+`torch.Generator`. For images on a GPU, too, take one on the CPU: nothing then waits for the GPU to
+say on which images a step fires. The strong augmentations (medmix.py) jitter with the same steps.
 
 B images of S x S pixels in [0, 1].
 """
@@ -12,7 +10,6 @@ B images of S x S pixels in [0, 1].
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +24,7 @@ CROP_LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))  # of width / height
 SIGMA = (0.1, 2.0)  # of the blur, pixels at any image size
 BLUR_REACH = 8  # pixels; what lies beyond 4 sigma weighs less than 1e-4 and is left out
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, the digits that torchvision uses
-CHUNK = 64**3  # pixels worked on at a time, to stay in a CPU's cache; 16 images at least
+CHUNK, GPU_CHUNK = 64**3, 2**24  # pixels at a time: a CPU's cache; few large kernels
 
 
 def weak(
@@ -57,20 +54,19 @@ def weak(
     if preset not in WEAK:
         raise ValueError(f"preset must be one of {', '.join(WEAK)}, got {preset!r}")
     area, strengths, jitter_p, grey_p, blur_p = WEAK[preset]
-    area = area if min_area is None else min_area
-    if not 0 < area <= 1:
+    if not 0 < (area := area if min_area is None else min_area) <= 1:
         raise ValueError(f"min_area must be in (0, 1], got {area}")
     out = x.new_empty(x.shape) if out is None else out
-    chunk = max(16, CHUNK // side**2)
+    chunk = max(16, (CHUNK if x.device.type == "cpu" else GPU_CHUNK) // side**2)
     for images, views in zip(x.split(chunk), out.split(chunk), strict=True):
         b = len(images)
         y = crop(images, crop_boxes(b, side, generator, area), uniform(generator, 0, 1, b) < 0.5)
-        jittered = uniform(generator, 0, 1, b) < jitter_p
+        jittered = moved((uniform(generator, 0, 1, b) < jitter_p).nonzero()[:, 0], y)
         y[jittered] = jitter(y[jittered], tuple(strength * s for s in strengths), generator)
-        greyed = uniform(generator, 0, 1, b) < grey_p
+        greyed = moved((uniform(generator, 0, 1, b) < grey_p).nonzero()[:, 0], y)
         y[greyed] = luma(y[greyed]).expand(-1, 3, -1, -1)
-        blurred = uniform(generator, 0, 1, b) < blur_p
-        y[blurred] = blur(y[blurred], uniform(generator, *SIGMA, b)[blurred])
+        blurred = moved((uniform(generator, 0, 1, b) < blur_p).nonzero()[:, 0], y)
+        y[blurred] = blur(y[blurred], moved(uniform(generator, *SIGMA, b), y)[blurred])
         torch.clamp(y, 0, 1, out=views)  # interpolation and blur may round to 1 + 2^-23
     return out
 
@@ -92,9 +88,9 @@ def crop_boxes(b: int, side: int, generator: Generator, min_area: float) -> Tens
 def crop(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
     """x inside each box (B, 4), resized to S x S bilinearly, mirrored where `flip` (B,)."""
     side = x.shape[-1]
-    top, left, height, width = box.to(x)[:, :, None].unbind(1)  # (B, 1) each
+    top, left, height, width = moved(box, x)[:, :, None].unbind(1)  # (B, 1) each
     at = (torch.arange(side, device=x.device, dtype=x.dtype) + 0.5) / side  # pixel centres
-    at_x = torch.where(flip.to(x.device)[:, None], at.flip(0), at)  # (B, S)
+    at_x = torch.where(moved(flip, x)[:, None], at.flip(0), at)  # (B, S)
     row = top + (at * height - 0.5).clamp(min=0).minimum(height - 1)  # (B, S)
     col = left + (at_x * width - 0.5).clamp(min=0).minimum(width - 1)
     return sample(x, row[:, :, None], col[:, None, :])
@@ -108,10 +104,10 @@ def jitter(
     strength: of each; factors are uniform in 1 -+ strength and >= 0, turns of hue in -+ strength.
     region:   of the contrast.
     """
-    steps = (brightness, partial(contrast, region=region), saturation, hue)
+    steps = (brightness, lambda x, factor: contrast(x, factor, region=region), saturation, hue)
     ranges = [(max(0.0, 1 - s), 1 + s) for s in strength[:3]] + [(-strength[3], strength[3])]
     for k in torch.randperm(4, generator=generator, device=generator.device).tolist():
-        steps[k](x, uniform(generator, *ranges[k], len(x), 1, 1, 1).to(x))
+        steps[k](x, moved(uniform(generator, *ranges[k], len(x), 1, 1, 1), x))
     return x
 
 
@@ -165,7 +161,7 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
         return x
     r = min(side // 20, BLUR_REACH)
     tap = torch.arange(-r, r + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.softmax(-0.5 * (tap / sigma.to(x)[:, None]) ** 2, 1)  # (B, 2r+1), sums to 1
+    kernel = torch.softmax(-0.5 * (tap / sigma[:, None]) ** 2, 1)  # (B, 2r+1), sums to 1
     kernel = kernel.repeat_interleave(3, 0).view(3 * b, 1, 1, 2 * r + 1)
     y = F.pad(x, (r, r, r, r), mode="reflect").reshape(1, 3 * b, side + 2 * r, side + 2 * r)
     y = F.conv2d(F.conv2d(y, kernel, groups=3 * b), kernel.mT, groups=3 * b)
@@ -174,12 +170,11 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 def side_of(x: Tensor) -> int:
     """S; raises ValueError unless x is a batch of float images, (B, 3, S, S) with S >= 8."""
-    good = x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3] >= 8
-    if not good or not x.is_floating_point():
-        raise ValueError(
-            f"images must be float (B, 3, S, S), S >= 8, got {x.dtype} {tuple(x.shape)}"
-        )
-    return x.shape[3]
+    shape = tuple(x.shape)
+    square = len(shape) == 4 and shape[1] == 3 and 8 <= shape[2] == shape[3]
+    if not (square and x.is_floating_point()):
+        raise ValueError(f"images must be float (B, 3, S, S), S >= 8, got {x.dtype} {shape}")
+    return shape[3]
 
 
 def sample(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
@@ -198,3 +193,8 @@ def whole_number(generator: Generator, count: Tensor) -> Tensor:
     """Uniform in 0..count-1, int64, in the shape of count."""
     count = count.long()  # the product may round up to count, in float32
     return (uniform(generator, 0, 1, *count.shape) * count).long().minimum(count - 1)
+
+
+def moved(y: Tensor, x: Tensor) -> Tensor:
+    """y on the device of x, by a copy that nothing waits for; floats get x's dtype."""
+    return y.to(x.device, x.dtype if y.is_floating_point() else y.dtype, non_blocking=not x.is_cpu)

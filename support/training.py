@@ -84,29 +84,46 @@ def _train(
 def step(training: Any, checkpoint: Path) -> dict[str, float]:
     """One step; the value of each term before it.
 
-    raises: FloatingPointError when a term is not finite, before the weights are touched.
+    The one place where a step waits for a GPU, for the forward pass; the backward pass goes on.
+
+    raises: FloatingPointError when a term was not finite; then the weights are none either.
     """
     terms: dict[str, Tensor] = training.losses()
-    numbers = torch.stack([term.detach() for term in terms.values()]).tolist()  # one wait
+    read = _reading(torch.stack([term.detach() for term in terms.values()]))
+    training.update(terms)
+    numbers = read()
     values = dict(zip(terms, numbers, strict=True))
     if not all(map(math.isfinite, numbers)):
-        epoch, position = divmod(training.step_done, training.steps)
+        epoch, position = divmod(training.step_done - 1, training.steps)
         raise FloatingPointError(
             f"{training.name} the loss is not finite in epoch {epoch + 1}, step {position + 1} "
-            f"({values}): {_remedy(training, checkpoint)}".lstrip()
+            f"({values}): {_remedy(training, checkpoint, training.step_done - 1)}".lstrip()
         )
-    training.update(terms)
     return values
 
 
-def _remedy(training: Any, checkpoint: Path) -> str:
+def _reading(values: Tensor) -> Callable[[], list[float]]:
+    """Reads the values as they are now: waits for them, and for nothing that a GPU does later."""
+    if not values.is_cuda:
+        return values.tolist
+    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
+
+
+def _remedy(training: Any, checkpoint: Path, done: int) -> str:
     """What to change, which is the rate only if steps at this rate were taken, and what is kept."""
     kept = f"the last good state is kept in {checkpoint}"
     config = getattr(training, "config", None)
     change = f"lower {training.rate_option} ({training.rate:g})"
     if config is not None and training.rate * config.weight_decay > 1:
         change = f"lower --weight-decay ({config.weight_decay:g})"
-    elif training.step_done == 0:
+    elif done == 0:
         change = "no step was taken, so the rate is not to blame: the options of the loss are"
     return f"{change}; {kept if checkpoint.exists() else 'no state was saved yet'}"
 
@@ -117,7 +134,7 @@ def save(training: Any, checkpoint: Path, sums: Mapping[str, float], rows: list)
     if not all_finite(state):
         raise FloatingPointError(
             f"{training.name} a weight is not finite after step {training.step_done}: "
-            f"{_remedy(training, checkpoint)}".lstrip()
+            f"{_remedy(training, checkpoint, training.step_done)}".lstrip()
         )
     save_atomically({**state, "format": FORMAT, "sums": dict(sums), "log": rows}, checkpoint)
 

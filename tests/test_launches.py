@@ -1,0 +1,103 @@
+"""A training step on a GPU waits once, for its losses; counted on the meta device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+from test_pmsacl import pictures, tiny
+
+import pmsacl
+from encoder import autocast, to_unit
+from support.launches import Launches, of_step
+from support.options import Config
+from support.training import step
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).any()),
+    "nonzero": lambda x: x.nonzero(),
+    "list": lambda x: x.tolist(),
+    "mask": lambda x: x[x > 0],
+    "mask of the host": lambda x: x[torch.ones(len(x), dtype=torch.bool)],
+    "index of the host": lambda x: x[torch.zeros(3, dtype=torch.int64)],
+    "back": lambda x: x.cpu(),
+    "copy": lambda x: torch.zeros(4).to(x.device),
+    "large copy": lambda x: torch.zeros(2**20).to(x.device, non_blocking=True),
+    "copy_": lambda x: x.copy_(torch.zeros(len(x))),
+}
+FREE = {
+    "arithmetic": lambda x: (2 * x).sum(),
+    "index": lambda x: x[torch.zeros(3, dtype=torch.int64, device=x.device)],
+    "scalar": lambda x: x.mul_(torch.tensor(2.0)),
+    "small copy": lambda x: torch.zeros(4).to(x.device, non_blocking=True),
+    "pinned copy": lambda x: torch.zeros(2**20).pin_memory().to(x.device, non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("name", [*WAITING, *FREE])
+def test_a_wait_is_counted_and_nothing_else_is(name):
+    with Launches() as counted:
+        (WAITING | FREE)[name](torch.empty(8, device="meta"))
+    assert counted.waits.total() == (name in WAITING)
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [({}, 900), ({"terms": "ctr,pmsacl,aug,pos"}, 1250), ({"weak": "ccd"}, 850)],
+)
+def test_a_step_waits_once_and_launches_little_beside_its_encoder(changes, most):
+    config = Config(device="meta", init="random", **changes)  # 256 views of 256 px
+    whole, encoder = of_step(config, np.zeros((64, 3, 256, 256), np.uint8))
+    waits = {line: times for line, times in whole.waits.items() if times}
+    assert list(waits.values()) == [1] and "training.py" in str(waits), waits
+    assert whole.launches.total() - encoder.launches.total() < most
+    assert encoder.launches.total() > 150 and not encoder.waits.total()
+
+
+@pytest.mark.gpu
+def test_a_step_waits_once_on_the_gpu():
+    training = pmsacl.Pretraining(pictures(), tiny(device="cuda"))
+    for _ in range(2):  # the second step has its centres and its optimiser's state
+        step(training, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(training, None)  # an event's synchronize is none of what the mode refuses
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_bfloat16_where_the_card_has_it_and_one_precision_everywhere():
+    major, _ = torch.cuda.get_device_capability()
+    assert autocast(DEVICE)._enabled == (major >= 8)
+    training = pmsacl.Pretraining(pictures(), tiny(device="cuda"))
+    views, _ = training.views_of(training.watched, training.draws(1))
+    z, h = training.encoder.embed(views)
+    assert z.dtype == h.dtype == torch.float32
+    seen = []
+    training.encoder.head.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    training.losses(), training.health(), training.centres()
+    assert len(set(seen)) == 1 and (seen[0] == torch.bfloat16) == (major >= 8)
+
+
+def test_emulated_bfloat16_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for real in (True, False):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, real=real: including_emulation or real,
+        )
+        assert autocast(torch.device("cuda"))._enabled == real
+    assert not autocast(torch.device("cpu"))._enabled
+
+
+@pytest.mark.gpu
+def test_images_reach_the_gpu_unchanged():
+    images = pictures()
+    want = torch.from_numpy(images).float() / 255
+    for given in (images, torch.from_numpy(images), torch.from_numpy(images).to(DEVICE)):
+        assert torch.equal(to_unit(given, DEVICE).cpu(), want)
+        assert torch.equal(to_unit(given, "cpu"), want)
