@@ -14,14 +14,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from encoder import POOLED, ResNet18, channels_last, initialise, normalise
 
 Z = 128  # features of the latent space                                       [P:§4.2]
+Group: TypeAlias = "dist.ProcessGroup | None"  # of torch.distributed
 
 
 class Block(nn.Module):
@@ -104,25 +107,28 @@ class AutoEncoder(nn.Module):
         return self.decoder(z)
 
     @torch.no_grad()
-    def estimate(self, batches: Iterable[Tensor], kappa: float, least: float) -> None:
+    def estimate(
+        self, batches: Iterable[Tensor], kappa: float, least: float, group: Group = None
+    ) -> None:
         """Set mu and sigma^2 to those of the training images or patches.   [P!§3.3 R21]
 
         Eq. 12 pulls z together, so sigma^2 shrinks from one estimate to the next; a step of Adam
         then moves z by many sigma, and 1 - exp(.) saturates at 1, without a gradient. Hence a
         least value, as in IGD's code.
 
-        batches: of x (B, 3, S, S) in [0, 1].   kappa: as in `gaussian`.   least: of sigma^2.
+        batches: of x (B, 3, S, S) in [0, 1].   kappa, group: as in `gaussian`.   least: of sigma^2.
         """
-        mu, sigma2 = gaussian(map(self.encode, batches), kappa)
+        mu, sigma2 = gaussian(map(self.encode, batches), kappa, group)
         self.mu.copy_(mu)
         self.sigma2.copy_(sigma2.clamp(min=least))
 
 
-def gaussian(batches: Iterable[Tensor], kappa: float) -> tuple[Tensor, Tensor]:
+def gaussian(batches: Iterable[Tensor], kappa: float, group: Group = None) -> tuple[Tensor, Tensor]:
     """mu = 1/N sum_i z_i and sigma^2 = kappa/N sum_i |z_i - mu|^2.   [P:§3.3]
 
     batches: of z (B, Z), summed in float64: one pass.
     kappa:   in (0, 1].
+    group:   processes, each with one batch or more of its own.
     returns: mu (Z,) and sigma2 (), float32; sigma2 is at least 1e-6, for equal z.
     """
     count, total, square = 0, torch.zeros(()), torch.zeros(())
@@ -130,9 +136,16 @@ def gaussian(batches: Iterable[Tensor], kappa: float) -> tuple[Tensor, Tensor]:
         z = z.double()
         if count == 0:
             shift = z.mean(dim=0)  # against cancellation
+            if group:
+                dist.broadcast(shift, 0, group)
         count += len(z)
         total = total + (z - shift).sum(dim=0)
         square = square + (z - shift).square().sum()
+    if group:
+        counted = square.new_tensor(count)
+        for own in (counted, total, square):
+            dist.all_reduce(own, group=group)
+        count = int(counted)
     mean = total / count
     sigma2 = kappa * (square / count - mean.square().sum())
     return (shift + mean).float(), sigma2.float().clamp(min=1e-6)

@@ -16,10 +16,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -34,9 +35,10 @@ CPU_PIXELS, GPU_PIXELS = 2**18, 2**22  # B S^2 that the network sees at once
 IMAGES = 32  # whose embeddings are held at once: W is read once for all of them
 POSITIONS = 256  # whose float64 factors are held at once
 Track = Callable[[Iterable[int]], Iterable[int]]
+Group: TypeAlias = "dist.ProcessGroup | None"  # of torch.distributed
 
 
-def moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
+def moments(batches: Iterable[Tensor], group: Group = None) -> tuple[int, Tensor, Tensor]:
     """mu_p = 1/N sum_n x_np and sum_n (x_np - mu_p)(x_np - mu_p)^T, in one pass.   [D:(1)]
 
     The data are shifted by the first batch's mean a: with r = x - a and its mean m, mu = a + m and
@@ -44,12 +46,15 @@ def moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
     their sums float64.
 
     batches: of embeddings (B, P, D) float32; memory depends on P and D, not on N.
+    group:   processes, each with one batch or more of its own; all get the moments of all N.
     returns: N, mu (P, D) and the scatter (P, D, D), both float64.
     """
     count = 0
     for x in batches:
         if count == 0:
             shift = x.mean(dim=0)  # (P, D)
+            if group:
+                dist.broadcast(shift, 0, group)
             total = torch.zeros_like(shift, dtype=torch.float64)  # (P, D)
             scatter = total.new_zeros(*shift.shape, shift.shape[1])  # (P, D, D)
         r = (x - shift).transpose(0, 1).contiguous()  # (P, B, D)
@@ -60,6 +65,11 @@ def moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
         count += len(x)
     if count == 0:
         raise ValueError("[D:(1)] needs N >= 2 images, got none")
+    if group:
+        counted = total.new_tensor([count])
+        for own in (counted, total, scatter):
+            dist.all_reduce(own, group=group)
+        count = int(counted)
     mean = total / count
     for p in range(0, len(mean), POSITIONS):
         m = mean[p : p + POSITIONS]
@@ -82,16 +92,14 @@ def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
     if count < 2:
         raise ValueError(f"[D:(1)] needs N >= 2 images, got N={count}")
     eye = torch.eye(scatter.shape[1], dtype=torch.float64, device=scatter.device)
-    w = torch.empty(scatter.shape, device=scatter.device)
+    w, failed = torch.empty(scatter.shape, device=scatter.device), eye.new_zeros(())
     for p in range(0, len(scatter), POSITIONS):
         sigma = scatter[p : p + POSITIONS] / (count - 1) + eps * eye
         factor, bad = torch.linalg.cholesky_ex(sigma)
-        if bad.any():
-            raise ValueError(
-                f"a covariance is not positive definite (eps={eps:g}): the features hold NaN or "
-                "infinity, or eps is too small"
-            )
+        failed += bad.count_nonzero()
         w[p : p + POSITIONS] = torch.linalg.solve_triangular(factor, eye, upper=False)
+    if failed:  # asked once: a GPU is waited for
+        raise ValueError(f"a covariance is not positive definite: eps={eps:g}, or NaN, or infinity")
     return w
 
 
@@ -133,7 +141,7 @@ def folded(network: ResNet18) -> ResNet18:
     network = copy.deepcopy(network)
     for part in list(network.modules()):
         for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):
-            if isinstance(getattr(part, norm, None), nn.BatchNorm2d):
+            if isinstance(getattr(part, norm, None), nn.modules.batchnorm._BatchNorm):
                 both = fuse_conv_bn_eval(getattr(part, conv), getattr(part, norm))
                 setattr(part, conv, both)
                 setattr(part, norm, nn.Identity())
@@ -218,21 +226,29 @@ class PaDiM:
             x[k : k + step] = torch.cat(parts, dim=1).permute(0, 2, 3, 1)
         return x.flatten(1, 2)  # (B, P, D)
 
-    def fit(self, images: ArrayLike | Tensor, *, track: Track = iter) -> PaDiM:
+    def fit(self, images: ArrayLike | Tensor, *, track: Track = iter, group: Group = None) -> PaDiM:
         """mu_p and Sigma_p of healthy images, in one pass over them.   [D:(1)]
 
         images: (N, 3, S, S), N >= 2, uint8 (a memory-map is read batch by batch) or floating in
                 [0, 1]. Memory does not depend on N.
         track:  wraps the iterable of steps, to show progress: tqdm, for instance.
-        raises: ValueError for another shape, or N < 2.
+        group:  processes that fit together, each on its share of the images: all get the same.
+        raises: ValueError for another shape, or N < 2, or fewer images than processes.
         """
         images = square_images(images)
-        if len(images) < 2:
-            raise ValueError(f"PaDiM needs N >= 2 training images, got N={len(images)}")
+        rank, processes = (group.rank(), group.size()) if group else (0, 1)
+        if (n := len(images)) < max(2, processes):
+            raise ValueError(f"PaDiM needs N >= {max(2, processes)} training images, got N={n}")
+        images = images[n * rank // processes : n * (rank + 1) // processes]
         starts = track(range(0, len(images), IMAGES))
         batches = (self.embeddings(images[k : k + IMAGES]) for k in starts)
-        count, mean, scatter = moments(batches)
-        self.mean, self.whitening = mean.float(), whitening(scatter, count, self.eps)
+        count, mean, scatter = moments(batches, group)
+        p = slice(len(mean) * rank // processes, len(mean) * (rank + 1) // processes)
+        w = whitening(scatter[p], count, self.eps)
+        if group:  # each has the factors of its positions
+            w = F.pad(w, (0, 0, 0, 0, p.start, len(scatter) - p.stop))
+            dist.all_reduce(w, group=group)
+        self.mean, self.whitening = mean.float(), w
         self._prepare_maps(images.shape[-1])
         return self
 

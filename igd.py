@@ -1,8 +1,7 @@
 """IGD on pre-trained encoders: eq. 10-12 with global and local auto-encoders.   [P:§3.3]
 
 IGD is Chen et al., "Deep One-Class Classification via Interpolated Gaussian Descriptor", 2022,
-`[I:...]`. Its networks, the critic's loss and the Gaussian's mu and sigma^2 are in autoencoder.py,
-MS-SSIM in ssim.py, the pre-training of the two encoders in pmsacl.py.
+`[I:...]`. Its networks, the critic's loss and the Gaussian's mu and sigma^2 are in autoencoder.py.
 
 Sizes: N training images, B images or patches, S pixels a side, L patches an image, Z = 128.
 """
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from autoencoder import AutoEncoder, critic, critic_loss, interpolate
+from autoencoder import AutoEncoder, Group, critic, critic_loss, interpolate
 from encoder import ResNet18, autocast, seeded, to_unit
 from ssim import ms_ssim, residual_map, setting
 
@@ -144,8 +143,7 @@ class IGD:
     def error(self, name: str, x: Tensor, x_tilde: Tensor) -> Tensor:
         """Eq. 11 for one of the two models, "global" or "local": (B,)."""
         m = ms_ssim(x, x_tilde, **setting(x.shape[-1]))
-        nu = float(name == "global")
-        return reconstruction_error(x, x_tilde, m, m, rho=self.rho, nu=nu)
+        return reconstruction_error(x, x_tilde, m, m, rho=self.rho, nu=float(name == "global"))
 
     def fit(self, images: ArrayLike | Tensor, *, track: Track = iter) -> IGD:
         """Train the global model on the images, then the local one on their patches.
@@ -155,17 +153,20 @@ class IGD:
         raises: ValueError for other images, FloatingPointError when a loss is not finite.
         """
         for training in self.trainings(images):
-            for _ in track(range(training.total)):
-                training.update(training.losses())
+            for i in track(range(training.total)):
+                loss = torch.stack(list((terms := training.losses()).values())).sum()
+                if not loss.isfinite():
+                    raise FloatingPointError(f"{training.name}: loss {loss} in step {i}; lower lr")
+                training.update(terms)
         return self
 
-    def trainings(self, images: ArrayLike | Tensor) -> Iterator[Training]:
-        """The training of each model, for a caller who keeps checkpoints; `images` as in `fit`."""
-        images = self._array_of_images(images)
-        if len(images) < 2:
-            raise ValueError(f"IGD needs N >= 2 training images, got N={len(images)}")
+    def trainings(self, images: ArrayLike | Tensor, group: Group = None) -> Iterator[Training]:
+        """The training of each model, for a caller who keeps checkpoints; a group shares a step."""
+        images, least = self._array_of_images(images), 2 * (group.size() if group else 1)
+        if len(images) < least:
+            raise ValueError(f"IGD needs N >= {least} training images, got N={len(images)}")
         for name in self.models:
-            yield Training(self, name, images)
+            yield Training(self, name, images, group)
 
     @torch.no_grad()
     def score(self, images: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
@@ -256,21 +257,27 @@ class Training:
     igd:   the detector, whose model is trained in place.
     which: "global" or "local".
     data:  (N, 3, S, S) images, for either model.
+    group: processes with a share of each step; the caller averages the gradients.
     """
 
     rate_option = "--igd-lr"  # lower it where a loss is not finite
 
-    def __init__(self, igd: IGD, which: str, data: np.ndarray) -> None:
-        self.igd, self.which, self.data, self.device = igd, which, data, igd.device
-        self.name, self.model = f"IGD {which}", igd.models[which]
+    def __init__(self, igd: IGD, which: str, data: np.ndarray, group: Group = None) -> None:
+        self.igd, self.which, self.data, self.group = igd, which, data, group
+        self.name, self.model, self.device = f"IGD {which}", igd.models[which], igd.device
         whole = which == "global"
         size, start = (igd.image_size if whole else PATCH), seeded(igd.seed, 21)
         self.critic = critic(size, igd.width, start).to(igd.device)
+        self.networks = nn.ModuleList([self.model, self.critic])
+        self.rank, self.world = (group.rank(), group.size()) if group else (0, 1)
         windows = np.lib.stride_tricks.sliding_window_view(data, (PATCH, PATCH), (2, 3))
         self.windows = windows[:, :, :: igd.stride, :: igd.stride]  # (N, 3, rows, columns, 32, 32)
         self.places = len(data), *self.windows.shape[2:4]  # of patches: image, row, column
         self.count = len(data) if whole else math.prod(self.places)
-        self.images = min(igd.batch_size if whole else igd.patches, self.count)  # of a step
+        self.images = max(2 * self.world, min(igd.batch_size if whole else igd.patches, self.count))
+        self.images -= self.images % (2 * self.world) if group else 0  # of a step
+        i, pairs = np.arange(self.images), -(-self.images // (2 * self.world))  # of a process
+        self.rows = i[np.minimum(i, i[::-1]) // pairs == self.rank]  # with what they are mixed with
         self.steps = self.count // self.images  # an epoch; the last partial batch is left out
         self.epochs = igd.epochs if whole else igd.local_epochs
         self.total = self.steps * self.epochs
@@ -308,9 +315,10 @@ class Training:
         self.model.train()
         # train eq. 12 on the z used for scoring: averages of small batches put some of them far out
         self.model.backbone.train(joined < 0)
-        x = self.take(self.order(epoch)[position * self.images : (position + 1) * self.images])
-        draws = seeded(igd.seed, 22, self.step_done)
-        alpha = (0.5 * torch.rand(len(x), generator=draws)).to(x.device)  # (B,)
+        ids = np.sort(self.order(epoch)[position * self.images : (position + 1) * self.images])
+        x = self.take(ids[self.rows])
+        alpha = 0.5 * torch.rand(self.images, generator=seeded(igd.seed, 22, self.step_done))
+        alpha = alpha[self.rows].to(x.device, non_blocking=not x.is_cpu)  # (B,)
 
         self.critic.requires_grad_(False)
         with autocast(x.device):
@@ -330,19 +338,12 @@ class Training:
         }
 
     def update(self, terms: dict[str, Tensor]) -> None:
-        """One step of the auto-encoder and one of the critic on the terms that `losses` gave.
-
-        raises: FloatingPointError, before a weight is touched, if a term is not finite.
-        """
-        loss = torch.stack(list(terms.values())).sum()
-        if not loss.isfinite():
-            what = f"loss {loss:g} in step {self.step_done}"
-            raise FloatingPointError(f"{self.name}: {what}; lower lr")
+        """One step of the auto-encoder and one of the critic on the terms that `losses` gave."""
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
                 group["lr"] = group["initial_lr"] * self.rate / self.igd.lr
-        loss.backward()
+        torch.stack(list(terms.values())).sum().backward()
         for optimiser in self.optimisers.values():
             optimiser.step()
         self.step_done += 1
@@ -368,8 +369,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """raises: ValueError if the state is of other settings or of another number of images."""
         settings = self.igd.settings() | {"images": len(self.data)}
-        changed = [name for name in settings if state["settings"].get(name) != settings[name]]
-        if changed:
+        if changed := [name for name in settings if state["settings"].get(name) != settings[name]]:
             raise ValueError(f"of a run with another {', '.join(changed)}; move it away")
         self.model.load_state_dict(state["model"])
         self.critic.load_state_dict(state["critic"])
@@ -386,7 +386,6 @@ class Training:
 
     def take(self, ids: np.ndarray) -> Tensor:
         """The images (B, 3, S, S), or patches (B, 3, 32, 32) counted image by image, row by row."""
-        ids = np.sort(ids)  # neighbours in the memory-map together
         if self.which == "global":
             return to_unit(self.data[ids], self.device)
         image, row, column = np.unravel_index(ids, self.places)
@@ -395,5 +394,6 @@ class Training:
     def estimate(self) -> None:
         """mu and sigma^2 of all training images or patches; the last ones score.   [P!§3.3 R21]"""
         self.model.backbone.eval()
-        batches = np.array_split(self.order(0), self.steps)
-        self.model.estimate(map(self.take, batches), self.igd.kappa, self.igd.sigma2_least)
+        batches = np.array_split(self.order(0), max(self.steps, self.world))
+        own = (self.take(np.sort(ids)) for ids in batches[self.rank :: self.world])
+        self.model.estimate(own, self.igd.kappa, self.igd.sigma2_least, self.group)

@@ -21,7 +21,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from losses import (
 )
 from support.options import CENTRED, Config, lesion_area, positive_scale
 from support.progress import progress, quietly, say
-from support.run import average_gradients, gather, ranks, synchronised
+from support.run import gather, mean_of_processes, ranks
 from support.training import start_weights, train
 from support.worth import fake_lesions
 from weak import weak
@@ -155,25 +155,27 @@ class Pretraining:
         self.data, self.config, self.local = images, config, local
         self.name = "local" if local else ""
         self.device = torch.device(config.device)
-        self.rank, world = ranks()
+        self.rank, self.world = ranks()
         n = len(images)
         held = max(2, min(64, max(config.batch_size // 2, round(HELD_BACK * n)), n // 4))
         order = torch.randperm(n, generator=seeded(config.seed, 1)).numpy()
         self.watched, self.trained = order[:held], order[held:]
-        self.batch = min(config.batch_size, len(self.trained)) // world  # images of this process
+        self.batch = (
+            min(config.batch_size, len(self.trained)) // self.world
+        )  # images of this process
         if self.batch < 2:
             raise ValueError(
-                f"{n} training images for {world} process(es): a batch needs two or more, and "
+                f"{n} training images for {self.world} process(es): a batch needs two or more, and "
                 f"{held} are held back"
             )
-        self.images = self.batch * world  # of one step
+        self.images = self.batch * self.world  # of one step
         self.steps = len(self.trained) // self.images  # an epoch; no partial batch
         self.total = 0 if config.method in UNTRAINED else self.steps * config.epochs
         self.terms = config.names_of_terms(local)
         self.start_rate = config.local_lr if local else config.lr
         self.rate_option = "--local-lr" if local else "--lr"
 
-        self.encoder = self._start()
+        self.encoder = self.networks = self._start()
         self.optimiser = torch.optim.SGD(
             self.encoder.parameters(),
             lr=self.start_rate,
@@ -193,8 +195,8 @@ class Pretraining:
             classes=config.classes, features=config.features, aug_head=config.aug_head,
             generator=seeded(config.seed, 2),
         )  # fmt: skip
-        channels_last(encoder.to(self.device)).train()
-        return cast(Encoder, synchronised(encoder))
+        channels_last(encoder.to(self.device))
+        return encoder.train()
 
     def begin(self) -> None:
         """The start weights, and what z looks like with them.   [P!§4.2 R14]"""
@@ -225,7 +227,6 @@ class Pretraining:
             group["lr"] = self.rate
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.encoder)
         self.optimiser.step()
         self.step_done += 1
 
@@ -253,11 +254,13 @@ class Pretraining:
             c = torch.randn(width, self.config.classes, generator=self.draws(8))
             c = torch.linalg.qr(c).Q if self.config.centres == "equidistant" else c / c.norm(dim=0)
             return c.T.contiguous().to(self.device)
-        chunks = enumerate(np.array_split(self.trained, self.steps))
-        shown = progress(chunks, self.steps, "class centres")
-        return class_centres(
-            self.encoder, (self.views_of(chunk, self.draws(3, i)) for i, chunk in shown)
-        )
+        each = -(-self.steps // self.world)  # chunks of a process: batch norm may be over all
+        chunks = list(enumerate(np.array_split(self.trained, each * self.world)))
+        chunks = chunks[self.rank :: self.world]
+        shown = progress(chunks, each, "class centres")
+        views = (self.views_of(chunk, self.draws(3, i)) for i, chunk in shown)
+        c = class_centres(self.encoder, views)
+        return mean_of_processes(c, sum(len(chunk) for _, chunk in chunks))
 
     def views_of(self, indices: np.ndarray, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         x = self.batch_of(indices)

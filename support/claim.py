@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from support.progress import say
-from support.run import from_first_process, make_folder, process_lives, ranks
+from support.run import from_first_process, make_folder, patient, process_lives, ranks
 
 try:
     import fcntl
@@ -273,19 +273,16 @@ def signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], bool]]:
-    """Signals wait; what is yielded says whether one has come, in any of the processes."""
+def deferred(*, together: bool) -> Iterator[Callable[[], bool]]:
+    """Signals wait; what is yielded says whether one has come, in any of the processes together."""
     _State.waiting = True
     try:
-        yield _asked
+        yield _any_asked if together and ranks()[1] > 1 else lambda: _State.asked
     finally:
         _State.waiting = False
 
 
-def _asked() -> bool:
-    if ranks()[1] == 1:
-        return _State.asked
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor(float(_State.asked), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # all stop after the same step
+def _any_asked() -> bool:
+    flag = torch.tensor(float(_State.asked))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=patient())  # all stop after the same step
     return bool(flag)

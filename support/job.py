@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from baselines.lesion_classifier import LesionClassifier
 from baselines.pretraining import UNTRAINED
@@ -41,6 +42,7 @@ from support.progress import complain, progress, say, show
 from support.readers import read_config
 from support.report import write_report
 from support.run import (
+    cache_folder,
     first_process_first,
     join_processes,
     lack,
@@ -49,6 +51,7 @@ from support.run import (
     read_saved,
     read_text,
     save_atomically,
+    wait_for_all,
     write_file,
 )
 from support.tables import write_results
@@ -84,7 +87,7 @@ def prepare(config: Config, folder: Path) -> Images:
     saved = read_config(folder)
     left_out: list[str] = []
     window = window_of_set(dataset.images, config.window, saved)
-    size, cache = config.image_size, folder / "cache"
+    size, cache = config.image_size, cache_folder(folder)
     how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": left_out}
     train_images, kept = data.decode(dataset.train, size, cache, **how)
     dataset = dataclasses.replace(dataset, train=tuple(dataset.train[i] for i in kept))
@@ -132,7 +135,8 @@ def main_job(config: Config, folder: Path) -> None:
     patches = pretrained(images.train, config, folder, local=True)[0] if local else None
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
-        return  # the detectors are one process's work
+        fit_together(encoder, patches, images, config, folder)
+        return  # the rest is the first process's work
     draw_views(images, config, folder)
     draw_features(encoder, images.train, images.test, images.dataset, config, folder)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
@@ -231,6 +235,18 @@ def fit_detectors(
     return detectors
 
 
+def fit_together(
+    encoder: Encoder, patches: Encoder | None, images: Images, config: Config, folder: Path
+) -> None:
+    """What the other processes do while the first one fits the detectors: their shares."""
+    for name in chosen(config.detector):
+        if name == "padim":
+            fit_padim(encoder.backbone, images.train, config)
+        elif name == "igd":
+            fit_igd(encoder, patches, images, config, folder)
+    fit_padim(untrained(config), images.train, config)
+
+
 def untrained(config: Config) -> ResNet18:
     """The network that the pre-training starts from where --init is random."""
     return ResNet18(seeded(config.seed, 2)).to(config.device).eval()
@@ -254,7 +270,8 @@ def fit_padim(backbone: ResNet18, images: np.ndarray, config: Config) -> PaDiM:
         batches = list(steps)
         return progress(batches, len(batches), "fit PaDiM")
 
-    return PaDiM(backbone, seed=config.seed).fit(images, track=track)
+    wait_for_all()
+    return PaDiM(backbone, seed=config.seed).fit(images, track=track, group=dist.group.WORLD)
 
 
 def save_detector(detector: Any, path: Path) -> None:
@@ -281,7 +298,8 @@ def fit_igd(
         width=config.igd_width,
         seed=config.seed,
     )
-    for training in igd.trainings(images.train):
+    for training in igd.trainings(images.train, dist.group.WORLD):
+        wait_for_all()
         local = training.name.endswith("local")
         checkpoint = folder / ("checkpoint_igd_local.pt" if local else "checkpoint_igd.pt")
         train(training, checkpoint, folder / f"log_igd_{'local' if local else 'global'}.csv")

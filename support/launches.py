@@ -9,9 +9,10 @@ told not to be waited for and its memory is pinned, or SMALL: then it is staged 
 from __future__ import annotations
 
 import contextlib
-import traceback
+import sys
 from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -72,22 +73,23 @@ class Launches(TorchDispatchMode):
         return result
 
     def _indices(self, indices: Any) -> list[Tensor | None]:
-        """Each mask counted, and then taken for one that is true everywhere."""
+        """Each mask counted, and one on the GPU then taken for true everywhere."""
         listed: list[Tensor | None] = []
         for index in indices if isinstance(indices, list) else [indices]:
             if index is None or index.dtype != torch.bool:
                 listed.append(index)
             else:
                 self._count(self.waits)
-                listed += [i.to("meta") for i in torch.ones(index.shape).nonzero().unbind(1)]
+                known = torch.ones(index.shape) if index.is_meta else index
+                listed += [i.to("meta") for i in known.nonzero().unbind(1)]
         return listed
 
     def _count(self, counter: Counter[str], times: int = 1) -> None:
-        """At the innermost line of ours; a backward pass has none."""
-        frames = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT)]
-        ours = [f for f in frames if f.filename != __file__]
-        at = ours[-1] if ours else None
-        counter[f"{Path(at.filename).name}:{at.lineno} {at.line}" if at else "elsewhere"] += times
+        """At the innermost line of ours."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame and not frame.f_code.co_filename.startswith(ROOT):
+            frame = frame.f_back
+        counter[f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "elsewhere"] += times
 
 
 def of_step(config: Config, images: np.ndarray) -> tuple[Launches, Launches]:
@@ -106,7 +108,7 @@ def of_step(config: Config, images: np.ndarray) -> tuple[Launches, Launches]:
         training.c, training.step_done = torch.zeros(config.classes, 128, device="meta"), 1
         stack.enter_context(mock.patch.object(training.optimiser, "step"))
         with Launches() as whole:
-            step(training, Path("none"))
+            step(training, training.losses, Path("none"))
         views = torch.empty(2 * config.classes * training.batch, *images.shape[1:], device="meta")
         training.encoder.zero_grad(set_to_none=True)
         with Launches() as network:

@@ -6,18 +6,22 @@ import argparse
 import contextlib
 import csv
 import errno
+import functools
 import io
 import json
 import os
 import stat
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -184,6 +188,21 @@ def join_processes() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        patient()
+
+
+@functools.cache
+def patient() -> dist.ProcessGroup | None:
+    """All processes, on their CPUs, to wait for one another: NCCL gives up after ten minutes, and
+    the first process may decode for hours. All of them make the first call together.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def wait_for_all() -> None:
+    """Nobody goes on before everybody is here."""
+    if ranks()[1] > 1:
+        dist.barrier(group=patient())
 
 
 def ranks() -> tuple[int, int]:
@@ -195,13 +214,21 @@ def ranks() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process runs the block while the others wait, then they run it."""
-    rank, world = ranks()
-    if rank > 0:
-        dist.barrier()
+    """The first process runs the block, then the first of each other machine, then the rest."""
+    turn = 0 if ranks()[0] == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn):
+        wait_for_all()
     yield
-    if rank == 0 and world > 1:
-        dist.barrier()
+    for _ in range(turn, 2):
+        wait_for_all()
+
+
+def cache_folder(run: Path) -> Path:
+    """Where this machine keeps decoded images: the first one in the run's folder, the others among
+    their temporary files, whose place TMPDIR names.
+    """
+    elsewhere = int(os.environ.get("GROUP_RANK", "0")) > 0  # torchrun's number of the machine
+    return Path(tempfile.gettempdir(), "pmsacl-cache") if elsewhere else run / "cache"
 
 
 def from_first_process(make: Callable[[], T]) -> T:
@@ -214,7 +241,7 @@ def from_first_process(make: Callable[[], T]) -> T:
         except ValueError as error:
             value[1] = str(error)
     if world > 1:
-        dist.broadcast_object_list(value)
+        dist.broadcast_object_list(value, group=patient())
     if value[1] is not None:
         raise ValueError(value[1])
     return cast(T, value[0])
@@ -255,18 +282,43 @@ def gather(
     return _Gather.apply(z), n_all, pair_all, (rank * len(n), (rank + 1) * len(n))
 
 
-def average_gradients(module: nn.Module) -> None:
-    """Mean over the ranks: each rank's loss is a mean over its own rows."""
-    _, world = ranks()
-    if world > 1:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients]) / world
-        dist.all_reduce(flat)
-        for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(part.view_as(g))
+class _Losses(nn.Module):
+    """What DistributedDataParallel wraps: losses, and the networks that they are computed with."""
+
+    def __init__(self, losses: Callable[[], dict[str, Tensor]], networks: nn.Module) -> None:
+        super().__init__()
+        self.losses, self.networks = losses, networks
+
+    def forward(self) -> dict[str, Tensor]:
+        return self.losses()
 
 
-def synchronised(module: nn.Module) -> nn.Module:
-    """Batch-norm over all ranks where torch has it, which is on GPUs."""
-    on_gpu = next(module.parameters()).is_cuda
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if ranks()[1] > 1 and on_gpu else module
+def averaged(
+    losses: Callable[[], dict[str, Tensor]], networks: nn.Module
+) -> Callable[[], dict[str, Tensor]]:
+    """`losses`, whose backward pass leaves the mean gradients of all processes in the networks.
+
+    The processes begin with the first one's weights. Each one's losses are means over its own rows,
+    so the mean of the gradients is that of the whole batch. On GPUs batch norm is over all of it.
+    """
+    if ranks()[1] == 1:
+        return losses
+    if next(networks.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(networks)  # of the parts, in place
+    return DistributedDataParallel(_Losses(losses, networks), find_unused_parameters=True)
+
+
+def as_in_first_process(networks: nn.Module) -> None:
+    """Weights and buffers: on CPUs, each process's batch norm has averages of its own."""
+    if ranks()[1] > 1:
+        for tensor in networks.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def mean_of_processes(value: Tensor, weight: int) -> Tensor:
+    """The weighted mean; value itself for one process."""
+    if ranks()[1] == 1:
+        return value
+    total = torch.cat([weight * value.flatten().double(), value.new_tensor([weight]).double()])
+    dist.all_reduce(total)
+    return (total[:-1] / total[-1]).view_as(value).to(value.dtype)

@@ -3,6 +3,7 @@
 A training is an object with
     name, rate_option     for messages: "", "local", "IGD global"; the option that lowers its rate
     device                where it runs
+    networks              the module that all processes train together; without it, one does alone
     total, steps          steps in all and an epoch
     step_done, images     steps done, and images of a step, over all processes
     rate                  the learning rate of the next step
@@ -28,7 +29,14 @@ from encoder import ResNet18
 from support.claim import deferred
 from support.progress import Meter, say
 from support.readers import all_finite
-from support.run import ranks, read_saved, save_atomically, write_rows
+from support.run import (
+    as_in_first_process,
+    averaged,
+    ranks,
+    read_saved,
+    save_atomically,
+    write_rows,
+)
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
 FORMAT = 2  # of a checkpoint; raise it when a step draws other numbers than before
@@ -46,7 +54,7 @@ def train(
                 checkpoint kept; ValueError for a checkpoint of other images or settings;
                 KeyboardInterrupt, with a checkpoint, after the step in which a signal came.
     """
-    with deferred() as asked:
+    with deferred(together=hasattr(training, "networks")) as asked:
         return _train(training, checkpoint, log, save_every, asked)
 
 
@@ -54,11 +62,13 @@ def _train(
     training: Any, checkpoint: Path, log: Path, save_every: float, asked: Callable[[], bool]
 ) -> list[dict[str, float]]:
     sums, rows = load(training, checkpoint) if checkpoint.exists() else ({}, [])
+    networks = getattr(training, "networks", None)
+    losses = averaged(training.losses, networks) if networks else training.losses
     meter = Meter(training.step_done, training.total, training.images, training.device)
     saved = time.monotonic()
     while training.step_done < training.total:
         epoch, position = divmod(training.step_done, training.steps)
-        rate, values = training.rate, step(training, checkpoint)
+        rate, values = training.rate, step(training, losses, checkpoint)
         sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         means = {name: value / (position + 1) for name, value in sums.items()} | {"lr": rate}
         last = position + 1 == training.steps
@@ -78,17 +88,21 @@ def _train(
             saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
+    if networks:
+        as_in_first_process(networks)
     return rows
 
 
-def step(training: Any, checkpoint: Path) -> dict[str, float]:
-    """One step; the value of each term before it.
+def step(
+    training: Any, losses: Callable[[], dict[str, Tensor]], checkpoint: Path
+) -> dict[str, float]:
+    """One step on `losses`, the training's own or those of several processes; each term's value.
 
     The one place where a step waits for a GPU, for the forward pass; the backward pass goes on.
 
     raises: FloatingPointError when a term was not finite; then the weights are none either.
     """
-    terms: dict[str, Tensor] = training.losses()
+    terms = losses()
     read = _reading(torch.stack([term.detach() for term in terms.values()]))
     training.update(terms)
     numbers = read()

@@ -60,10 +60,12 @@ def test_a_step_waits_once_and_launches_little_beside_its_encoder(changes, most)
 def test_a_step_waits_once_on_the_gpu():
     training = pmsacl.Pretraining(pictures(), tiny(device="cuda"))
     for _ in range(2):  # the second step has its centres and its optimiser's state
-        step(training, None)
+        step(training, training.losses, None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(training, None)  # an event's synchronize is none of what the mode refuses
+        step(
+            training, training.losses, None
+        )  # an event's synchronize is none of what the mode refuses
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

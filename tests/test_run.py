@@ -19,8 +19,7 @@ from PIL import Image
 
 import eval as evaluation
 from encoder import ResNet18, seeded
-from losses import contrastive_loss, multi_centring_loss
-from support import job, options, phantom, run
+from support import job, options, phantom
 
 ROOT = Path(__file__).parent.parent
 TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
@@ -360,48 +359,3 @@ def test_training_on_a_flat_folder_goes_without_measures(tmp_path, images):
     assert job.main(["--data", str(root), "--out", str(folder), *TINY]) == 0
     results = json.loads((folder / "results.json").read_text())
     assert "padim" not in results and (folder / "detector.pt").exists()
-
-
-# --- several processes --------------------------------------------------------------------------
-
-
-def two_ranks(rank: int, folder: str) -> None:
-    """Half of the rows each; loss and gradients go to a file."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    x, n, pair, c, weight = torch.load(f"{folder}/whole.pt", weights_only=True)
-    half = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
-    net = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    net.weight.data = weight
-    z = net(x[half])
-    z_all, n_all, pair_all, rows = run.gather(z, n[half], pair[half] - half.start)
-    loss = contrastive_loss(z_all, n_all, pair_all, c, rows=rows)
-    loss = loss + multi_centring_loss(z, n[half], c)
-    loss.backward()
-    run.average_gradients(net)
-    value = loss.detach() / 2
-    torch.distributed.all_reduce(value)
-    torch.save((value, net.weight.grad), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    g = seeded(0)
-    half = torch.arange(2).repeat_interleave(4)
-    n, pair = torch.cat([half, half]), torch.arange(16) ^ 1
-    x, c = torch.randn(16, 6, generator=g), torch.randn(2, 5, generator=g)
-    weight = torch.randn(5, 6, generator=g)
-    torch.save((x, n, pair, c, weight), tmp_path / "whole.pt")
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
-
-    net = torch.nn.Linear(6, 5, bias=False)
-    net.weight.data = weight.clone()
-    z = net(x)
-    loss = contrastive_loss(z, n, pair, c) + multi_centring_loss(z, n, c)
-    loss.backward()
-    for rank in range(2):
-        value, gradient = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        torch.testing.assert_close(value, loss.detach())
-        torch.testing.assert_close(gradient, net.weight.grad)

@@ -1,0 +1,126 @@
+"""Several processes give what one gives: two and three on gloo, with odd numbers of images.
+
+Every process runs `together`, which saves what it got; sizes as in the modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import generator
+from test_pmsacl import pictures
+from torch import nn
+
+from autoencoder import gaussian
+from detectors import PaDiM
+from encoder import ResNet18, seeded
+from igd import IGD
+from losses import contrastive_loss, multi_centring_loss
+from support import run
+from support.training import step
+
+
+@contextlib.contextmanager
+def frozen_norms():
+    """Batch norm in evaluation mode, since gloo has none over all processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        forward = nn.BatchNorm2d.forward
+
+        def frozen(self, x):
+            training, self.training = self.training, False
+            try:
+                return forward(self, x)
+            finally:
+                self.training = training
+
+        patch.setattr(nn.BatchNorm2d, "forward", frozen)
+        yield
+
+
+def an_igd_step(group=None):
+    """The losses of a step of IGD with eq. 12, from 13 images; its gradients; sigma^2."""
+    igd = IGD(ResNet18(seeded(5)), image_size=32, width=4, batch_size=12, epochs=2, stride=16)
+    (training,) = igd.trainings(pictures(count=13), group)
+    with frozen_norms():
+        losses = run.averaged(training.losses, training.networks)
+        values = step(training, losses, None)
+    gradients = {
+        name: p.grad for name, p in training.networks.named_parameters() if p.grad is not None
+    }
+    return values, gradients, training.model.sigma2
+
+
+def together(rank: int, world: int, folder: str) -> None:
+    """All that processes do together, to a file."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    got = {}
+    # eq. 5 over all rows, and the mean gradient
+    x, n, pair, c, weight = torch.load(f"{folder}/whole.pt", weights_only=True)
+    own = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+    net = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    net.weight.data = weight if rank == 0 else torch.zeros_like(weight)  # those of the first count
+
+    def losses():
+        z = net(x[own])
+        z_all, n_all, pair_all, rows = run.gather(z, n[own], pair[own] - own.start)
+        contrastive = contrastive_loss(z_all, n_all, pair_all, c, rows=rows)
+        return {"pmsacl": contrastive, "ctr": multi_centring_loss(z, n[own], c)}
+
+    averaged = run.averaged(losses, net)  # kept: its hooks work in the backward pass
+    terms = averaged()
+    loss = torch.stack(list(terms.values())).sum()
+    loss.backward()
+    got["loss"], got["gradient"] = run.mean_of_processes(loss.detach(), 1), net.weight.grad
+    got["mean"] = run.mean_of_processes(torch.tensor([float(rank)]), rank + 1)
+    # PaDiM, IGD's Gaussian and step, the scores of a set
+    padim = PaDiM(ResNet18(seeded(5)), channels=20).fit(pictures(count=13), group=dist.group.WORLD)
+    got |= {"mu": padim.mean, "whitening": padim.whitening}
+    z = torch.randn(13, 4, generator=generator(3)).split([4, 3, 3, 3])
+    got["gaussian"] = gaussian(iter(z[rank::world]), 0.7, dist.group.WORLD)
+    got["igd"] = an_igd_step(dist.group.WORLD)
+    run.wait_for_all()
+    torch.save(got, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_give_what_one_gives(world, tmp_path):
+    g, views = seeded(0), 4 * world
+    n = torch.arange(2).repeat_interleave(2).repeat(world)
+    pair = torch.arange(views) ^ 1
+    x, c = torch.randn(views, 6, generator=g), torch.randn(2, 5, generator=g)
+    weight = torch.randn(5, 6, generator=g)
+    torch.save((x, n, pair, c, weight), tmp_path / "whole.pt")
+    torch.multiprocessing.spawn(together, (world, str(tmp_path)), nprocs=world)
+    every = [torch.load(tmp_path / f"rank{i}.pt", weights_only=False) for i in range(world)]
+
+    net = nn.Linear(6, 5, bias=False)
+    net.weight.data = weight.clone()
+    z = net(x)
+    loss = contrastive_loss(z, n, pair, c) + multi_centring_loss(z, n, c)
+    loss.backward()
+    padim = PaDiM(ResNet18(seeded(5)), channels=20).fit(pictures(count=13))
+    wanted = gaussian([torch.randn(13, 4, generator=generator(3))], 0.7)
+    values, gradients, sigma2 = an_igd_step()
+    for got in every:
+        torch.testing.assert_close(got["loss"], loss.detach())
+        torch.testing.assert_close(got["gradient"], net.weight.grad)
+        expected = sum(i * (i + 1) for i in range(world)) / sum(range(1, world + 1))
+        assert float(got["mean"]) == pytest.approx(expected)
+        for name, want in (("mu", padim.mean), ("whitening", padim.whitening)):
+            assert (got[name] - want).norm() < 1e-6 * want.norm(), name
+        torch.testing.assert_close(got["gaussian"], wanted)
+        torch.testing.assert_close(got["igd"][2], sigma2)
+        assert list(got["igd"][1]) == list(gradients)
+        for name, want in gradients.items():
+            assert (got["igd"][1][name] - want).abs().max() < 1e-4 * want.abs().max(), name
+    total = sum(sum(got["igd"][0].values()) for got in every) / world
+    assert total == pytest.approx(sum(values.values()), rel=1e-5)
