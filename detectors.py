@@ -239,7 +239,8 @@ class PaDiM:
         rank, processes = (group.rank(), group.size()) if group else (0, 1)
         if (n := len(images)) < max(2, processes):
             raise ValueError(f"PaDiM needs N >= {max(2, processes)} training images, got N={n}")
-        images = images[n * rank // processes : n * (rank + 1) // processes]
+        if group:
+            images = images[n * rank // processes : n * (rank + 1) // processes]
         starts = track(range(0, len(images), IMAGES))
         batches = (self.embeddings(images[k : k + IMAGES]) for k in starts)
         count, mean, scatter = moments(batches, group)

@@ -39,6 +39,7 @@ from losses import (
     patch_pairs,
     position_loss,
 )
+from support.data import resident
 from support.options import CENTRED, Config, lesion_area, positive_scale
 from support.progress import progress, quietly, say
 from support.run import gather, mean_of_processes, ranks
@@ -155,6 +156,7 @@ class Pretraining:
         self.data, self.config, self.local = images, config, local
         self.name = "local" if local else ""
         self.device = torch.device(config.device)
+        self.pixels = resident(images, self.device)
         self.rank, self.world = ranks()
         n = len(images)
         held = max(2, min(64, max(config.batch_size // 2, round(HELD_BACK * n)), n // 4))
@@ -183,7 +185,7 @@ class Pretraining:
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda" or None,
         )
-        self.step_done = 0
+        self.step_done, self.epoch = 0, -1
         self.c = torch.zeros(0)  # (A, Z) once the warm-up is over
         self.spread = 0.0  # of z at the start
         self.collapsed = False  # the user was warned
@@ -214,9 +216,10 @@ class Pretraining:
         if self.centres_due():
             self.c = self.centres()
         epoch, position = divmod(self.step_done, self.steps)
-        shuffled = self.trained[self._order(epoch)]
+        if epoch != self.epoch:  # the order of millions of images is drawn once
+            self.epoch, self.shuffled = epoch, self.trained[self._order(epoch)]
         first = position * self.images + self.rank * self.batch
-        x = self.batch_of(shuffled[first : first + self.batch])
+        x = self.batch_of(self.shuffled[first : first + self.batch])
         draws = self.draws(6, self.step_done, self.rank)
         return loss_terms(self.encoder, x, self.c, self.config, draws, local=self.local)
 
@@ -237,7 +240,10 @@ class Pretraining:
         return torch.randperm(len(self.trained), generator=self.draws(5, epoch)).numpy()
 
     def batch_of(self, indices: np.ndarray) -> Tensor:
-        return to_unit(self.data[np.sort(indices)], self.device)  # in the order of the file
+        rows: Any = np.sort(indices)  # in the order of the file
+        if isinstance(self.pixels, Tensor):
+            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return to_unit(self.pixels[rows], self.device)
 
     def centres_due(self) -> bool:
         """Right after the warm-up, and every 5 epochs if re-estimated.   [P:§4.7.5]"""

@@ -1,9 +1,10 @@
-"""The main job's speed beside the bare network's, in one run, as ratios.
+"""The main job's speed beside the bare network's, as ratios, on the GPU if there is one.
 
-    python -m bench.training      # prints and writes docs/speed.csv; a few minutes on two cores
+    python -m bench.training      # prints and writes docs/speed.csv; 8 minutes at most
 
 Each pair is timed in turn, round by round, and the median ratio is kept: absolute times of shared
-machines drift, ratios hold. bench/kernels.py times the kernels.
+machines drift, ratios hold. On a GPU a round ends when it has: the host waits. bench/kernels.py
+times the kernels.
 """
 
 from __future__ import annotations
@@ -28,21 +29,35 @@ from detectors import PaDiM
 from encoder import Conv3x3, ResNet18, channels_last, normalise, seeded, to_unit
 from igd import IGD
 from pmsacl import Pretraining, class_views
+from support.launches import of_step
 from support.options import Config
+from support.training import step
 
 Times = tuple[float, float, float]  # seconds of ours, of the other, median ratio
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SECONDS = 30.0  # for the rounds of a row, but for the one that warms up and LEAST
+LEAST, MOST = 2, 15  # rounds
 
-def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int) -> Times:
+
+def finished() -> float:
+    """The time once the device has done all that it was told."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def paired(ours: Callable[[], object], other: Callable[[], object]) -> Times:
     """Median seconds of both, and the median of the rounds' ratios ours / other."""
     times: list[tuple[float, float]] = []
     ours(), other()  # caches and allocators
-    for _ in range(rounds):
-        start = time.perf_counter()
+    began = finished()
+    while len(times) < LEAST or (len(times) < MOST and finished() - began < SECONDS):
+        start = finished()
         ours()
-        middle = time.perf_counter()
+        middle = finished()
         other()
-        times.append((middle - start, time.perf_counter() - middle))
+        times.append((middle - start, finished() - middle))
     a, b = zip(*times, strict=True)
     return statistics.median(a), statistics.median(b), statistics.median(p / q for p, q in times)
 
@@ -52,31 +67,31 @@ def pictures(count: int, side: int) -> np.ndarray:
 
 
 def random_views(count: int, side: int) -> Tensor:
-    return channels_last(torch.rand(count, 3, side, side, generator=seeded(0)))
+    return channels_last(torch.rand(count, 3, side, side, generator=seeded(0)).to(DEVICE))
 
 
 def network() -> ResNet18:
-    resnet = ResNet18().eval()
+    resnet = ResNet18().eval().to(DEVICE)
     channels_last(resnet)
     return resnet
 
 
-def training_step(rounds: int) -> Times:
-    """A whole step against forward and backward of the encoder on as many views, 64 px."""
-    config = Config(batch_size=32, image_size=64, init="random", device="cpu")
-    training = Pretraining(pictures(64, 64), config)
-    training.c = torch.zeros(config.classes, 128)
+def training_step(side: int) -> Times:
+    """A whole step against forward and backward of the encoder on as many views."""
+    config = Config(batch_size=32, image_size=side, init="random", device=str(DEVICE))
+    training = Pretraining(pictures(64, side), config)
+    training.c = torch.zeros(config.classes, 128, device=DEVICE)
     training.step_done = 1  # the centres are there
-    views = random_views(2 * config.classes * 32, 64)
+    views = random_views(2 * config.classes * 32, side)
 
     def bare() -> None:
         training.optimiser.zero_grad(set_to_none=True)
         training.encoder(views).sum().backward()
 
-    return paired(lambda: training.update(training.losses()), bare, rounds)
+    return paired(lambda: step(training, training.losses, Path("none")), bare)
 
 
-def small_maps(side: int, rounds: int) -> Times:
+def small_maps(side: int) -> Times:
     """Forward and backward of the encoder's network, 128 views, against plain convolutions."""
     x, resnet = random_views(128, side), network().train()
 
@@ -88,26 +103,34 @@ def small_maps(side: int, rounds: int) -> Times:
         with mock.patch.object(Conv3x3, "forward", nn.Conv2d.forward):
             passes()
 
-    return paired(passes, plain, rounds)
+    return paired(passes, plain)
 
 
-def scoring(batch: int, rounds: int) -> Times:
+def scoring(batch: int) -> Times:
     """PaDiM's heat maps against the layers 1-3 that they are made from, 256 px."""
-    images, resnet = pictures(8, 256), network()
+    images, resnet = pictures(max(batch, 8), 256), network()
     detector = PaDiM(resnet).fit(images)
+    at_once = 1 if DEVICE.type == "cpu" else 64  # images: what is faster
 
     @torch.no_grad()
-    def bare() -> None:  # an image at a time: faster here than more
-        x = channels_last(normalise(to_unit(images[:batch], "cpu")))
-        for k in range(batch):
-            resnet.stages(x[k : k + 1], last=3)
+    def bare() -> None:
+        x = channels_last(normalise(to_unit(images[:batch], DEVICE)))
+        for k in range(0, batch, at_once):
+            resnet.stages(x[k : k + at_once], last=3)
 
-    return paired(lambda: detector.score(images[:batch]), bare, rounds)
+    return paired(lambda: detector.score(images[:batch]), bare)
 
 
-def igd_step(side: int, width: int, rounds: int) -> Times:
+def fitting(count: int) -> Times:
+    """PaDiM's fit against the layers 1-3 of its images, 256 px."""
+    images, resnet = pictures(count, 256), network()
+    detector = PaDiM(resnet)
+    return paired(lambda: detector.fit(images), lambda: detector.embeddings(images))
+
+
+def igd_step(side: int, width: int) -> Times:
     """A step of IGD's global model against its networks' bare passes over as many images."""
-    detector = IGD(ResNet18(), image_size=side, width=width)
+    detector = IGD(network(), image_size=side, width=width)
     training = next(iter(detector.trainings(pictures(32, side))))
     training.update(training.losses())  # mu and sigma are estimated
     x = random_views(detector.batch_size, side)
@@ -123,26 +146,35 @@ def igd_step(side: int, width: int, rounds: int) -> Times:
         training.critic.requires_grad_(True)
         training.critic(made).sum().backward()
 
-    return paired(lambda: training.update(training.losses()), bare, rounds)
+    return paired(lambda: step(training, training.losses, Path("none")), bare)
 
 
-def igd_scoring(rounds: int) -> Times:
+def igd_scoring() -> Times:
     """IGD's global and local model, 225 patches, against PaDiM, an image of 256 px."""
     images, resnet = pictures(8, 256), network()
     igd, padim = IGD(resnet, resnet), PaDiM(resnet).fit(images)
     for model in igd.models.values():
         model.sigma2.fill_(1.0)
-    return paired(lambda: igd.score(images[:1]), lambda: padim.score(images[:1]), rounds)
+    return paired(lambda: igd.score(images[:1]), lambda: padim.score(images[:1]))
 
 
-def augmentation(side: int, batch: int, rounds: int) -> Times:
+def augmentation(side: int, batch: int) -> Times:
     """MedMix's four classes and two weak views of each, against a view at a time with Pillow."""
     images, config = pictures(batch, side), Config()
 
     def ours() -> None:
-        class_views(to_unit(images, "cpu"), config, seeded(1))
+        class_views(to_unit(images, DEVICE), config, seeded(1))
 
-    return paired(ours, lambda: per_image.class_views(images, config.classes, 1), rounds)
+    return paired(ours, lambda: per_image.class_views(images, config.classes, 1))
+
+
+def counts() -> str:
+    """What a GPU would be told and waited for in a step of the paper's size."""
+    whole, bare = of_step(Config(device="meta", init="random"), pictures(64, 256))
+    launches = whole.launches.total() - bare.launches.total()
+    return f"a step of 256 views, 256 px: {launches} launches beside its encoder's, " + (
+        f"{whole.waits.total()} wait(s)"
+    )
 
 
 def main() -> None:
@@ -150,22 +182,29 @@ def main() -> None:
 
     def measure(what: str, times: Times) -> None:
         ours, other, ratio = times
-        threads = f"{torch.get_num_threads()} threads"
-        machine = f"{platform.machine()}, {threads}, torch {torch.__version__}"
+        name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else name
+        machine = f"{name}, torch {torch.__version__}"
         rows.append([what, f"{1e3 * ours:.1f}", f"{1e3 * other:.1f}", f"{ratio:.3f}", machine])
         print(f"{what}: {1e3 * ours:.1f} ms / {1e3 * other:.1f} ms = {ratio:.3f}", flush=True)
 
-    measure("training step, 256 views, 64 px / encoder forward and backward", training_step(7))
-    measure("ResNet-18, 128 views, 64 px / with plain convolutions", small_maps(64, 5))
-    measure("ResNet-18, 128 views, 32 px / with plain convolutions", small_maps(32, 5))
-    measure("PaDiM score, 1 image, 256 px / layers 1-3", scoring(1, 15))
-    measure("PaDiM score, 8 images, 256 px / layers 1-3", scoring(8, 7))
-    measure("IGD step, 16 images, 64 px, width 8 / its networks' passes", igd_step(64, 8, 7))
-    measure("IGD step, 16 images, 128 px, width 16 / its networks' passes", igd_step(128, 16, 3))
-    measure("IGD score, 1 image, 256 px, 225 patches / PaDiM's", igd_scoring(3))
+    gpu = DEVICE.type == "cuda"
+    for side in (64, 256) if gpu else (64,):  # a CPU takes a minute for one step at 256 px
+        what = f"training step, 256 views, {side} px / encoder forward and backward"
+        measure(what, training_step(side))
+    for side in (64, 32):
+        measure(f"ResNet-18, 128 views, {side} px / with plain convolutions", small_maps(side))
+    for batch in (1, 8, 32) if gpu else (1, 8):
+        images = "1 image" if batch == 1 else f"{batch} images"
+        measure(f"PaDiM score, {images}, 256 px / layers 1-3", scoring(batch))
+    measure("PaDiM fit, 64 images, 256 px / its embeddings", fitting(64))
+    measure("IGD step, 16 images, 64 px, width 8 / its networks' passes", igd_step(64, 8))
+    measure("IGD step, 16 images, 128 px, width 16 / its networks' passes", igd_step(128, 16))
+    measure("IGD score, 1 image, 256 px, 225 patches / PaDiM's", igd_scoring())
     torch.set_num_threads(1)
-    measure("MedMix and weak views, 256 views, 64 px / with Pillow", augmentation(64, 32, 7))
-    measure("MedMix and weak views, 64 views, 256 px / with Pillow", augmentation(256, 8, 5))
+    measure("MedMix and weak views, 256 views, 64 px / with Pillow", augmentation(64, 32))
+    measure("MedMix and weak views, 64 views, 256 px / with Pillow", augmentation(256, 8))
+    print(counts())
     with open(Path(__file__).parent.parent / "docs" / "speed.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["what", "ours_ms", "other_ms", "ratio", "machine"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.cache import Files, cached
@@ -297,3 +298,23 @@ def decode_test(
         return dataset, images, None, None
     masks, known = decode_masks(dataset.test, size, cache_dir, skip_bad=skip_bad, left_out=left_out)
     return dataset, images, masks, known
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+RESIDENT = 0.25  # of a GPU's free memory: images that fit into so much stay there
+PART = 2**28  # bytes moved at a time
+
+
+def resident(images: np.ndarray, device: torch.device) -> np.ndarray | torch.Tensor:
+    """The images on the GPU if they fit into a quarter of its free memory; else as they are.
+
+    images:  (N, 3, S, S) uint8, perhaps a memory-map.   returns: the same, uint8.
+    """
+    if device.type == "cpu" or images.nbytes > RESIDENT * torch.cuda.mem_get_info(device)[0]:
+        return images
+    there = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    step = max(1, PART // max(1, images[0].nbytes))
+    for k in range(0, len(images), step):
+        there[k : k + step] = torch.from_numpy(np.array(images[k : k + step]))
+    return there

@@ -92,14 +92,18 @@ class Launches(TorchDispatchMode):
         counter[f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "elsewhere"] += times
 
 
-def of_step(config: Config, images: np.ndarray) -> tuple[Launches, Launches]:
+def of_step(
+    config: Config, images: np.ndarray, *, resident: bool = True
+) -> tuple[Launches, Launches]:
     """A step of the pre-training but for SGD and eq. 5's kernel, and its encoder's passes alone.
 
-    config:  with "meta" as its device.   images: (N, 3, S, S) uint8.
+    config:   with "meta" as its device.   images: (N, 3, S, S) uint8.
+    resident: whether the GPU has room for the images.
     """
     with contextlib.ExitStack() as stack:
         for name, value in {
             "encoder.autocast": lambda device: contextlib.nullcontext(),
+            "torch.cuda.mem_get_info": lambda device: (10 * resident * images.nbytes, 0),
             "medmix.Generator": lambda device: torch.Generator(),
             "pmsacl.contrastive": lambda z, n, pair, c, **options: (z - c[n]).square().mean(),
         }.items():

@@ -10,6 +10,7 @@ from test_pmsacl import pictures, tiny
 
 import pmsacl
 from encoder import autocast, to_unit
+from support.data import resident
 from support.launches import Launches, of_step
 from support.options import Config
 from support.training import step
@@ -49,7 +50,8 @@ def test_a_wait_is_counted_and_nothing_else_is(name):
 )
 def test_a_step_waits_once_and_launches_little_beside_its_encoder(changes, most):
     config = Config(device="meta", init="random", **changes)  # 256 views of 256 px
-    whole, encoder = of_step(config, np.zeros((64, 3, 256, 256), np.uint8))
+    images = np.zeros((64, 3, 256, 256), np.uint8)
+    whole, encoder = of_step(config, images, resident="terms" not in changes)
     waits = {line: times for line, times in whole.waits.items() if times}
     assert list(waits.values()) == [1] and "training.py" in str(waits), waits
     assert whole.launches.total() - encoder.launches.total() < most
@@ -94,6 +96,27 @@ def test_emulated_bfloat16_is_not_taken(monkeypatch):
         )
         assert autocast(torch.device("cuda"))._enabled == real
     assert not autocast(torch.device("cpu"))._enabled
+
+
+def test_images_that_fit_a_quarter_of_the_free_memory_stay_on_the_gpu(monkeypatch):
+    images, device = pictures(), torch.device("meta")
+    free = 4 * images.nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    there = resident(images, device)
+    assert there.is_meta and there.shape == images.shape and there.dtype == torch.uint8
+    free -= 1
+    assert resident(images, device) is images and resident(images, torch.device("cpu")) is images
+
+
+@pytest.mark.gpu
+def test_a_batch_is_the_same_from_the_gpu_and_from_the_host(monkeypatch):
+    kept = pmsacl.Pretraining(pictures(), tiny(device="cuda"))
+    monkeypatch.setattr("support.data.RESIDENT", 0.0)
+    read = pmsacl.Pretraining(pictures(), tiny(device="cuda"))
+    assert isinstance(kept.pixels, torch.Tensor) and isinstance(read.pixels, np.ndarray)
+    rows = np.array([5, 2, 9])
+    assert torch.equal(kept.batch_of(rows), read.batch_of(rows))
+    assert torch.equal(kept.batch_of(rows).cpu(), to_unit(pictures()[[2, 5, 9]], "cpu"))
 
 
 @pytest.mark.gpu
