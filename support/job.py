@@ -135,8 +135,7 @@ def main_job(config: Config, folder: Path) -> None:
     patches = pretrained(images.train, config, folder, local=True)[0] if local else None
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
-        fit_together(encoder, patches, images, config, folder)
-        return  # the rest is the first process's work
+        return fit_together(encoder, patches, images, config, folder)  # the first does the rest
     draw_views(images, config, folder)
     draw_features(encoder, images.train, images.test, images.dataset, config, folder)
     extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
