@@ -3,14 +3,16 @@
     python experiments.py --table 1 6 --data ./kvasir --seeds 5
     python experiments.py --table 5 8 --figure 7 --data ./kvasir --seeds 2 --preset quick
     python experiments.py --sweep settings.txt --data ./kvasir --epochs 20
+    python experiments.py --figure 1 2 3 4 5 --run runs/kvasir
 
 Options that are not listed by --help are pmsacl.py's and hold for every run. Finished runs with
 the same settings are reused, by other tables too, and the same command given again resumes a run
 that was cut off. The tables are written again after each run, as .md, .csv and .png, with every
-run's measures in -runs.csv.
+run's measures in -runs.csv. Figures 1 to 5 are pictures of one run, with seed 0 or that of --run.
 
 Not here: what a run does (support/job.py), the rows (support/rows.py), how a table is written
-(support/sheets.py), its measures, the paper's numbers (support/tables.py).
+(support/sheets.py), its measures, the paper's numbers (support/tables.py), the pictures
+(support/paper_figures.py).
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ from typing import Any
 from support import layouts
 from support.claim import claimed
 from support.compared import NAMES, chosen, deciding
+from support.figures import png
 from support.job import main_job
-from support.options import Config, parse
+from support.options import Config, make_config, parse
+from support.paper_figures import PICTURES, draw, draw_views
 from support.progress import complain, duration, quietly, say
 from support.rows import MASKED, ROWS, Row, read_sweep, reference, rows_of, with_more
-from support.run import Parser, make_folder, read_json, read_text
+from support.run import Parser, make_folder, read_json, read_text, write_file
 from support.sheets import ENDS, MEASURES, sheet, write
 from support.tables import papers_name
 
@@ -50,8 +54,12 @@ def folder_of(config: Config, out: Path) -> Path:
             return file.parent
     settings = {name: getattr(config, name) for name in deciding(config)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    what = "-".join([Path(config.data).name or "phantom", config.method, *chosen(config.detector)])
+    what = "-".join([dataset_name(config), config.method, *chosen(config.detector)])
     return out / f"{what}-{digest}-seed{config.seed}"
+
+
+def dataset_name(config: Config) -> str:
+    return Path(config.data).name or "phantom"
 
 
 def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
@@ -164,6 +172,38 @@ def time_left(rows: Sequence[Row], out: Path) -> str:
     return f", about {duration(seconds)} left for all"
 
 
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def pictures(args: argparse.Namespace, common: dict[str, Any]) -> Iterator[Path]:
+    """Draw what is asked for of Fig. 1 to 5: of --run, else of a run that all of them share.
+
+    yields: the files.   raises: ValueError if a picture needs what the run has not.
+    """
+    wanted = [number for number in dict.fromkeys(args.figure) if number in PICTURES]
+    names = {PICTURES[number] for number in wanted} - {""}
+    common = {"detector": ",".join(sorted(names, reverse=True)) or "padim"} | common | {"seed": 0}
+    for number in wanted:
+        if args.run is None and number == 2:
+            config = make_config(common)
+            name, picture = f"{dataset_name(config)}-{config.strong}", draw_views(config)
+        else:
+            folder = args.run or finished(make_config(common), args)
+            name, picture = folder.resolve().name, draw(number, folder)
+        file = args.out / f"figure{number}-{name}.png"
+        write_file(file, png(picture))
+        yield file
+
+
+def finished(config: Config, args: argparse.Namespace) -> Path:
+    """The folder of the finished run with these settings; what is missing is run."""
+    folder = folder_of(config, args.out)
+    if not (folder / "results.json").exists():
+        say(f"\nthe run of the pictures: {folder}")
+        run_job(config, args.out, args.keep)
+    return folder
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 
@@ -178,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         if not args.show:
             make_folder(args.out)
+            for file in pictures(args, common):
+                print(file)
         for name, rows in tables.items():
             shared = name, filled(rows, args.out), common, images
             if args.show:
@@ -188,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 text = write(name, done, common, images, args.out)
             print(text)
         if not args.show:
-            say(f"tables and charts are in {args.out}")
-    except (ValueError, OSError) as error:
+            say(f"tables, charts and pictures are in {args.out}")
+    except (ValueError, OSError, FloatingPointError) as error:
         return complain("experiments.py", error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
@@ -207,8 +249,12 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     for kind in ("table", "figure"):
-        numbers = [int(name.split()[1]) for name in ROWS if name.startswith(kind)]
+        numbers = [*PICTURES] if kind == "figure" else []
+        numbers += [int(name.split()[1]) for name in ROWS if name.startswith(kind)]
         parser.add_argument(f"--{kind}", type=int, nargs="+", default=[], choices=numbers)
+    parser.add_argument(
+        "--run", type=Path, help="draw figures 1 to 5 of this finished run, of pmsacl.py"
+    )
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="a name and options a line")
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="a row's name and further options of it a line"
@@ -222,12 +268,17 @@ def _parser() -> Parser:
 
 def _wanted(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """The tables asked for: name -> row -> options.   raises: ValueError or OSError."""
-    names = [f"table {n}" for n in args.table] + [f"figure {n}" for n in args.figure]
+    charts = [n for n in args.figure if n not in PICTURES]
+    names = [f"table {n}" for n in args.table] + [f"figure {n}" for n in charts]
     wanted = {name: ROWS[name] for name in names}
     if args.sweep:
         wanted[args.sweep.stem] = read_sweep(args.sweep)
-    if not wanted:
+    if not (wanted or args.figure):
         raise ValueError("nothing to do: name a --table, a --figure or a --sweep")
+    if args.show and len(charts) < len(args.figure):
+        raise ValueError("--show prints tables: leave it out for figures 1 to 5")
+    if args.run and (wanted or not args.figure):
+        raise ValueError("--run goes with --figure 1 to 5: tables and charts are of many runs")
     more = read_sweep(args.rows) if args.rows else {}
     if unknown := more.keys() - {row for rows in wanted.values() for row in rows}:
         raise ValueError(f"--rows {args.rows}: no row is called {', '.join(sorted(unknown))}")
@@ -246,10 +297,13 @@ def _common_options(
         raise ValueError("neither --resume nor --seed goes here: --seeds N runs 0 to N - 1")
     if args.seeds < 1:
         raise ValueError(f"--seeds must be 1 or above, got {args.seeds}")
+    if args.run and options:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise ValueError(f"--run {args.run} has its own settings: leave out {given}")
     if not options.get("data"):
         return options, "phantom", ""
     dataset = layouts.discover(options["data"])
-    if not dataset.test:
+    if not dataset.test and (args.table or args.sweep or set(args.figure) - {1, 2}):
         raise ValueError(f"{options['data']}: {dataset.layout}, no test images to measure on")
     dataset.check_test()
     masked = [n for n in args.table if f"table {n}" in MASKED]

@@ -62,9 +62,9 @@ def draw_features(
     write_file(folder / "figures" / "features.png", png(scatter(points, title)))
 
 
-def spread_out(count: int) -> NDArray[Any]:
-    """At most POINTS indices at even steps, so that neither end of a folder is left out."""
-    return np.linspace(0, count - 1, min(count, POINTS)).round().astype(int)
+def spread_out(count: int, most: int = POINTS) -> NDArray[Any]:
+    """At most `most` indices at even steps, so that neither end of a folder is left out."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 @torch.no_grad()
@@ -77,10 +77,11 @@ def _features(encoder: Encoder, x: Tensor, device: torch.device) -> Tensor:
     return torch.cat(z)
 
 
-def scatter(groups: dict[str, NDArray[Any]], title: str) -> Image.Image:
+def scatter(groups: dict[str, NDArray[Any]], title: str, means: bool = False) -> Image.Image:
     """Points of several groups with a legend; groups of test images are drawn hollow, on top.
 
-    groups: name -> (N, 2).   returns: an image, legible at half its size.
+    groups:  name -> (N, 2).   means: mark the mean of each group, larger.
+    returns: an image, legible at half its size.
     """
     font, large = (ImageFont.load_default(size * SCALE) for size in (18, 20))
     everything = np.concatenate(list(groups.values()))
@@ -93,6 +94,7 @@ def scatter(groups: dict[str, NDArray[Any]], title: str) -> Image.Image:
     frame = (10 * SCALE, 48 * SCALE, (SIDE + 10) * SCALE, (SIDE + 40) * SCALE)
     draw.rectangle(frame, None, "#999999", SCALE)
     middle = np.array([frame[0] + frame[2], frame[1] + frame[3]]) / 2
+    large_marks = []  # on top of the others
     for k, (name, points) in enumerate(groups.items()):
         hollow = name.startswith("test")
         colour = ("black" if name == "test, normal" else "#c00000") if hollow else ""
@@ -100,19 +102,34 @@ def scatter(groups: dict[str, NDArray[Any]], title: str) -> Image.Image:
         shape = "circle" if hollow else SHAPES[k % len(SHAPES)]
         for at in middle + (points - (low + high) / 2) * unit:
             _mark(draw, at, shape, colour, hollow)
+        if means:
+            centre = middle + (points.mean(0) - (low + high) / 2) * unit
+            large_marks.append((centre, shape, colour))
         y = (70 + 34 * k) * SCALE
         _mark(draw, np.array([(SIDE + 34) * SCALE, y]), shape, colour, hollow)
         draw.text(((SIDE + 52) * SCALE, y), name, "black", font, anchor="lm")
+    for centre, shape, colour in large_marks:
+        _mark(draw, centre, shape, colour, False, 11)
+    if means:
+        y = (74 + 34 * len(groups)) * SCALE
+        _mark(draw, np.array([(SIDE + 34) * SCALE, y]), "circle", "#777777", False, 11)
+        draw.text(((SIDE + 52) * SCALE, y), "mean of a class", "black", font, anchor="lm")
     return sheet.resize((size[0] // SCALE, size[1] // SCALE), Image.Resampling.LANCZOS)
 
 
 def _mark(
-    draw: ImageDraw.ImageDraw, at: NDArray[Any], shape: str, colour: str, hollow: bool
+    draw: ImageDraw.ImageDraw,
+    at: NDArray[Any],
+    shape: str,
+    colour: str,
+    hollow: bool,
+    radius: float = 5.5,
 ) -> None:
-    """One point, some 10 pixels wide."""
-    x, y, r = float(at[0]), float(at[1]), 5.5 * SCALE
-    fill, outline = (None, colour) if hollow else (colour, "white")
-    width = 2 * SCALE if hollow else 1
+    """One point, some 2 radius pixels wide; a large one has a black rim."""
+    x, y, r = float(at[0]), float(at[1]), radius * SCALE
+    large = radius > 6
+    fill, outline = (None, colour) if hollow else (colour, "black" if large else "white")
+    width = 2 * SCALE if hollow or large else 1
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill, outline, width)
     else:

@@ -58,20 +58,24 @@ def image_grid(
     title: str = "",
     note: str = "",
     side: int = 160,
+    text: int = 14,
 ) -> Image.Image:
     """A labelled grid of images on white.
 
     cells:   rows of images: PIL, (3, S, S) or (S, S, 3) uint8; None leaves the place empty.
     rows:    a label left of each row.   columns: a label above each column, of one line or more.
     title:   at the top, larger.         note:    at the bottom, wrapped.
-    side:    of a cell, in pixels; images are resized to it.
+    side:    of a cell, in pixels; images are resized to it.   text: height of the letters.
     """
-    font, large, gap, line = ImageFont.load_default(14), ImageFont.load_default(18), 6, 18
+    font, large, gap = ImageFont.load_default(text), ImageFont.load_default(1.3 * text), 6
+    line, wide = round(1.3 * text), 0.43 * text  # a line's height, a letter's width
     left = gap + (gap + int(max(font.getlength(r) for r in rows)) if rows else 0)
     width = left + max(len(row) for row in cells) * (side + gap)
-    heads = ["\n".join(part[: side // 6] for part in c.splitlines()) for c in columns]
-    notes = textwrap.wrap(note, width // 7)
-    top = gap + (28 if title else 0) + line * max((h.count("\n") + 1 for h in heads), default=0)
+    heads = ["\n".join(part[: int(side / wide)] for part in c.splitlines()) for c in columns]
+    notes = textwrap.wrap(note, int(width / (1.16 * wide)))
+    top = (
+        gap + (2 * text if title else 0) + line * max((h.count("\n") + 1 for h in heads), default=0)
+    )
     bottom = top + len(cells) * (side + gap)
     sheet = Image.new("RGB", (width, bottom + line * len(notes) + (8 if note else 0)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -85,11 +89,11 @@ def image_grid(
         draw.text((gap, y + side // 2), rows[r] if rows else "", "black", font, anchor="lm")
         for c, cell in enumerate(row):
             if cell is not None:
-                sheet.paste(_picture(cell, side), (left + c * (side + gap), y))
+                sheet.paste(picture(cell, side), (left + c * (side + gap), y))
     return sheet
 
 
-def _picture(image: Array | Image.Image, side: int) -> Image.Image:
+def picture(image: Array | Image.Image, side: int) -> Image.Image:
     """An image as RGB of side x side pixels."""
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
@@ -104,7 +108,7 @@ def overlay(image: Array, heat: Array, scale: tuple[float, float], side: int) ->
     x = (np.asarray(heat, np.float32) - scale[0]) / (scale[1] - scale[0])
     resized = Image.fromarray(x).resize((side, side), Image.Resampling.BILINEAR)
     colours = Image.fromarray(heat_colours(np.asarray(resized)))
-    return Image.blend(_picture(image, side).convert("L").convert("RGB"), colours, 0.6)
+    return Image.blend(picture(image, side).convert("L").convert("RGB"), colours, 0.6)
 
 
 def outlined(image: Array, mask: Array, colour: tuple[int, int, int], side: int) -> Image.Image:
@@ -114,7 +118,7 @@ def outlined(image: Array, mask: Array, colour: tuple[int, int, int], side: int)
     inner = m.copy()
     for dy, dx in ((2, 0), (-2, 0), (0, 2), (0, -2)):
         inner &= np.roll(m, (dy, dx), (0, 1))
-    pixels = np.asarray(_picture(image, side)).copy()
+    pixels = np.asarray(picture(image, side)).copy()
     m, inner = m[2:-2, 2:-2], inner[2:-2, 2:-2]
     pixels[inner] = pixels[inner] * 0.75 + np.array(colour) * 0.25
     pixels[m & ~inner] = colour
@@ -148,6 +152,7 @@ def localisation_figure(
     cases: Sequence[int],
     title: str = "",
     side: int = 160,
+    text: int = 14,
 ) -> Image.Image:
     """Image, heat map, prediction and ground truth, one column for each case.   [P:§4.6.1]
 
@@ -161,7 +166,7 @@ def localisation_figure(
     framed, columns = [], []
     for i in cases:
         predicted, label = int(scores[i] >= row["threshold"]), samples[i].label
-        framed.append(_picture(images[i], side))
+        framed.append(picture(images[i], side))
         box, colour = (0, 0, side - 1, side - 1), GREEN if predicted == label else RED
         ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
         columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {verdicts[label, predicted]}")
@@ -180,8 +185,9 @@ def localisation_figure(
         cells["ground truth"] = [outlined(images[i], masks[i], CYAN, side) for i in cases]
         note += f" Prediction: pixels >= {t:.4g}."
     return image_grid(
-        list(cells.values()), rows=list(cells), columns=columns, title=title, note=note, side=side
-    )
+        list(cells.values()), rows=list(cells), columns=columns, title=title, note=note,
+        side=side, text=text,
+    )  # fmt: skip
 
 
 # --- Heat maps of new images ---------------------------------------------------------------------

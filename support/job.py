@@ -29,15 +29,16 @@ from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
 from igd import IGD
-from pmsacl import pretrain, strong_set
+from pmsacl import pretrain
 from support import checks, data, layouts, phantom
 from support.claim import claimed
 from support.compared import chosen, fit
 from support.depth import window_of_set
 from support.dryrun import dry_run, tell_how_long
 from support.features import draw_features
-from support.figures import image_grid, png
+from support.figures import image_grid, png, write_all
 from support.options import Config, parse, resolve
+from support.paper_figures import views_figure
 from support.progress import complain, progress, say, show
 from support.readers import read_config
 from support.report import write_report
@@ -338,17 +339,8 @@ def warn_of_near_duplicates(images: Images) -> None:
 
 def draw_views(images: Images, config: Config, folder: Path) -> None:
     """figures/medmix.png, or the name of --strong: images under A_0 .. A_n.   [P:Fig.2]"""
-    x = to_unit(images.train[: max(2, min(5, len(images.train)))], "cpu")
-    generator, augment = seeded(config.seed, 7), strong_set(config)
-    columns = [x] + [
-        augment(x, torch.full((len(x),), n), generator)[0] for n in range(1, config.classes)
-    ]
-    cells = [[(column[i] * 255).byte().numpy() for column in columns] for i in range(len(x))]
-    names = [f"A_{n}" for n in range(config.classes)]
-    if config.strong in ("medmix", "cutout", "cutmix"):
-        names = [f"{name}: {n} lesion{'s' * (n != 1)}" for n, name in enumerate(names)]
-    grid = image_grid(cells, columns=names, title=config.strong)
-    write_file(folder / "figures" / f"{config.strong}.png", png(grid))
+    figure = views_figure(images.train, config, f"{images.dataset.root.name}, {config.method}")
+    write_all(folder, {config.strong: figure})
 
 
 def draw_reconstructions(name: str, detector: Any, images: Images, folder: Path) -> None:
