@@ -16,7 +16,9 @@ lint: .venv/ready-lint
 	.venv/bin/ruff check .
 	.venv/bin/mypy *.py kernels/*.py baselines/*.py support/*.py bench/*.py
 
+# The students' version of the exercises is made first. The outputs are kept beside the sources.
 notebooks: .venv/ready-notebooks
+	.venv/bin/python -m support.exercises
 	.venv/bin/jupytext --quiet --to ipynb notebooks/*.py
 	.venv/bin/jupyter execute --inplace notebooks/*.ipynb
 
