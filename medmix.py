@@ -100,18 +100,18 @@ def lesions(
 
 
 def squares(image: Tensor, box: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels of a square around each box: `at` (K, 3, s, s), their index in the flat outputs;
+    """A square around each box: `at` (K, 3, s), where its rows begin in the flat outputs;
     v, u (K, s, s), half-heights and half-widths from the middle of the box.
     """
     side, s = x.shape[3], int(box[:, 2:].max())
     first = box[:, :2].clamp(max=side - s)  # the square lies inside the image
-    row, col = (moved(first, x)[:, :, None] + torch.arange(s, device=x.device)).unbind(1)
-    plane = 3 * image[:, None] + torch.arange(3, device=image.device)  # (K, 3)
-    at = (moved(plane, x)[:, :, None, None] * side + row[:, None, :, None]) * side
+    row, col = (moved(first, x)[:, :, None] + torch.arange(s, device=x.device)).unbind(1)  # (K, s)
+    plane = moved(3 * image[:, None] + torch.arange(3, device=image.device), x)  # (K, 3)
+    at = (plane[:, :, None] * side + row[:, None]) * side + col[:, None, :1]
     top, left, height, width = moved(box.float(), x)[:, :, None].unbind(1)  # (K, 1) each
     v, u = (row - top + 0.5) * (2 / height) - 1, (col - left + 0.5) * (2 / width) - 1  # (K, s)
     v, u = torch.broadcast_tensors(v[:, :, None], u[:, None, :])
-    return at + col[:, None, None, :], v.clone(), u.clone()
+    return at, v.clone(), u.clone()
 
 
 def opacity(v: Tensor, u: Tensor, ellipse: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def cut(
     box = torch.cat([whole_number(generator, x.shape[3] - box[:, 2:] + 1), box[:, 2:]], 1).float()
     top, left, height, width = moved(box, x)[..., None, None].unbind(1)  # (K, 1, 1) each
     row, col = top + (v + 1) * height / 2 - 0.5, left + (u + 1) * width / 2 - 0.5
-    return sample(x[moved((image + away) % len(x), x)], row, col)
+    return sample(x.index_select(0, moved((image + away) % len(x), x)), row, col)
 
 
 def add_noise(x: Tensor, std: Tensor, generator: Generator) -> Tensor:
@@ -182,10 +182,10 @@ def add_noise(x: Tensor, std: Tensor, generator: Generator) -> Tensor:
 
 
 def paste(out: Tensor, mask: Tensor, at: Tensor, patch: Tensor, share: Tensor) -> None:
-    """out + share (patch - out) at the pixels `at` (K, 3, s, s), and mask set where share > 0."""
-    flat = out.view(-1)  # one index takes a third of the time of out[image, channel, row, col]
-    flat[at] = flat[at].lerp(patch, share).clamp_(0, 1)
-    mask.view(-1)[at] |= share > 0
+    """out + share (patch - out) in the rows at `at` (K, 3, s), and mask[:, 0] where share > 0."""
+    out, mask = (y.view(-1).unfold(0, patch.shape[3], 1) for y in (out, mask))  # i: from pixel i on
+    out[at] = out[at].lerp(patch, share).clamp_(0, 1)
+    mask[at[:, :1]] |= share > 0
 
 
 def start(x: Tensor, n: Tensor, generator: Generator, classes: int | None) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def cutout(
     mean = x.mean((2, 3), keepdim=True)  # (B, 3, 1, 1)
     for image, box in lesions(n, x.shape[3], generator, min_area, max_area):
         at, v, u = squares(image, box, x)
-        fill = mean[image.to(x.device) % len(x)].expand(at.shape)  # (K, 3, s, s)
+        fill = mean[image.to(x.device) % len(x)].expand(-1, -1, *v.shape[1:])
         paste(out, mask, at, fill, inside(v, u))
     return out, mask[:, :1]
 

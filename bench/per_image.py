@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
@@ -72,7 +73,8 @@ def with_lesions(
             patch = ImageChops.add(patch, Image.merge("RGB", [noise] * 3), 1, -128)
         if draw.random() < 0.25 or draw.random() < 0.25:  # fisheye or wave, as a mesh
             bend = draw.randint(-width // 4, width // 4)
-            strips = [(0, k * height // 4, width, (k + 1) * height // 4) for k in range(4)]
+            edges = [round(k * height / min(4, height)) for k in range(min(4, height) + 1)]
+            strips = [(0, top, width, bottom) for top, bottom in pairwise(edges)]
             mesh = [(s, _bent(s, bend * (-1) ** k)) for k, s in enumerate(strips)]
             patch = patch.transform(patch.size, Image.Transform.MESH, mesh, 2)
         mask = Image.new("L", patch.size)
