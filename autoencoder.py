@@ -128,7 +128,7 @@ def gaussian(batches: Iterable[Tensor], kappa: float, group: Group = None) -> tu
 
     batches: of z (B, Z), summed in float64: one pass.
     kappa:   in (0, 1].
-    group:   processes, each with one batch or more of its own.
+    group:   processes, each with at least one batch.
     returns: mu (Z,) and sigma2 (), float32; sigma2 is at least 1e-6, for equal z.
     """
     count, total, square = 0, torch.zeros(()), torch.zeros(())
@@ -143,8 +143,8 @@ def gaussian(batches: Iterable[Tensor], kappa: float, group: Group = None) -> tu
         square = square + (z - shift).square().sum()
     if group:
         counted = square.new_tensor(count)
-        for own in (counted, total, square):
-            dist.all_reduce(own, group=group)
+        for part in (counted, total, square):
+            dist.all_reduce(part, group=group)
         count = int(counted)
     mean = total / count
     sigma2 = kappa * (square / count - mean.square().sum())

@@ -46,7 +46,7 @@ def moments(batches: Iterable[Tensor], group: Group = None) -> tuple[int, Tensor
     their sums float64.
 
     batches: of embeddings (B, P, D) float32; memory depends on P and D, not on N.
-    group:   processes, each with one batch or more of its own; all get the moments of all N.
+    group:   processes, each with at least one batch; all get the moments of all N.
     returns: N, mu (P, D) and the scatter (P, D, D), both float64.
     """
     count = 0
@@ -67,8 +67,8 @@ def moments(batches: Iterable[Tensor], group: Group = None) -> tuple[int, Tensor
         raise ValueError("[D:(1)] needs N >= 2 images, got none")
     if group:
         counted = total.new_tensor([count])
-        for own in (counted, total, scatter):
-            dist.all_reduce(own, group=group)
+        for part in (counted, total, scatter):
+            dist.all_reduce(part, group=group)
         count = int(counted)
     mean = total / count
     for p in range(0, len(mean), POSITIONS):

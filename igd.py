@@ -118,23 +118,23 @@ class IGD:
         self.device = backbone.conv1.weight.device
         self.pixels = CPU_PIXELS if self.device.type == "cpu" else GPU_PIXELS
         self.models: dict[str, AutoEncoder] = {}
-        given = ("global", backbone, self.image_size), ("local", local, PATCH)
-        for i, (name, network, size) in enumerate(given):
+        networks = ("global", backbone, self.image_size), ("local", local, PATCH)
+        for i, (name, network, size) in enumerate(networks):
             if network is not None:
                 model = AutoEncoder(network, size, self.width, seeded(self.seed, 20, i))
                 self.models[name] = model.to(self.device).eval()
 
     def _check(self, local: bool) -> None:
-        given, least = self.settings(), PATCH * (1 + local)
+        settings, least = self.settings(), PATCH * (1 + local)
         shares = "rho kappa gamma xi_global xi_local warmup".split()
         positive = "kappa lr encoder_lr epochs local_epochs stride width interval".split()
-        wrong = [name for name in shares if not 0 <= given[name] <= 1]
-        wrong += [name for name in positive if not 0 < given[name] < math.inf]
-        wrong += [name for name in ("batch_size", "patches") if given[name] < 2]
+        wrong = [name for name in shares if not 0 <= settings[name] <= 1]
+        wrong += [name for name in positive if not 0 < settings[name] < math.inf]
+        wrong += [name for name in ("batch_size", "patches") if settings[name] < 2]
         wrong += ["sigma2_least"] * (not self.sigma2_least >= 0)
         wrong += ["heat_map"] * (self.heat_map not in ("patch", "residual"))
         if wrong:
-            got = ", ".join(f"{name}={given[name]!r}" for name in wrong)
+            got = ", ".join(f"{name}={settings[name]!r}" for name in wrong)
             raise ValueError(f"impossible for IGD: got {got}")
         if self.image_size < least or (self.image_size - PATCH) % self.stride:
             rule = f"{PATCH} plus a multiple of stride={self.stride}, {least} or more"
@@ -395,5 +395,5 @@ class Training:
         """mu and sigma^2 of all training images or patches; the last ones score.   [P!§3.3 R21]"""
         self.model.backbone.eval()
         batches = np.array_split(self.order(0), max(self.steps, self.world))
-        own = (self.take(np.sort(ids)) for ids in batches[self.rank :: self.world])
-        self.model.estimate(own, self.igd.kappa, self.igd.sigma2_least, self.group)
+        share = (self.take(np.sort(ids)) for ids in batches[self.rank :: self.world])
+        self.model.estimate(share, self.igd.kappa, self.igd.sigma2_least, self.group)

@@ -86,7 +86,7 @@ def contrastive_losses(
     [P!(5) R2]. Where R N passes PAIRS, blocks of rows are computed one after the other, and again
     in the backward pass: memory is linear in N.
 
-    z, n, c: as in eq. 3; 16-bit z are computed in float32.
+    z, n, c: as in eq. 3; 16-bit z are converted to float32.
     pair:    (N,) int64, the row of the other weak view of the same strong image.
     tau, alpha, positive_scale: as `kappas` takes them.   [P!(7) R3]
     rows:    (start, stop), the queries; None: all N. The denominator always has all N.

@@ -1,4 +1,4 @@
-"""The paper's measures: AUROC, specificity and its kin, IoU, Dice, Pro-score.   [P:§4.3]
+"""The paper's measures: AUROC, specificity and other rates, IoU, Dice, Pro-score.   [P:§4.3]
 
 A larger score is more abnormal, and "abnormal" always means score >= threshold, for images and for
 pixels. Every measure takes arrays and tensors alike, and needs NumPy alone. Not here: which images

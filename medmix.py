@@ -47,7 +47,7 @@ def medmix(
     n:            (N,) integers in 0..A-1, N a multiple of B; output i comes from image i % B.
     classes:      A; None reads it from n.
     p:            probability of each of the four alterations.
-    at_least_one: if none of the four fires, one is drawn: an unaltered patch is no lesion.
+    at_least_one: if none of the four fires, one is drawn: an unaltered patch is not a lesion.
     returns:      x' (N, 3, S, S) and mask (N, 1, S, S), where a lesion may have changed x.
     raises:       ValueError for shapes or ranges other than these.
     """

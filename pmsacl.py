@@ -201,7 +201,7 @@ class Pretraining:
         return encoder.train()
 
     def begin(self) -> None:
-        """The start weights, and what z looks like with them.   [P!§4.2 R14]"""
+        """Load the start weights, and measure the spread of z at the start.   [P!§4.2 R14]"""
         self.init = start_weights(self.encoder.backbone, self.config.init)
         if self.total:
             self.spread = self.health()["spread"]

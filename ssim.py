@@ -32,7 +32,7 @@ def ms_ssim(
     the moments under a Gaussian window of sigma 1.5; C1 = (0.01 R)^2, C2 = (0.03 R)^2. A channel's
     negative mean counts as 0, with gradient 0.
 
-    x, y:       (B, C, S, S) floating; any constant offset is fine, digits do not depend on it.
+    x, y:       (B, C, S, S) floating; a constant offset costs no digits.
     weights:    w_k of the scales, finest first; each halves the side. None: Wang et al.'s five, or
                 as many of them as the window fits into (S / 2^k >= window), scaled to sum 1.
     window:     odd, pixels.
@@ -102,7 +102,7 @@ def ssim_maps(
 def _average(t: Tensor, g: Tensor) -> Tensor:
     """The mean under a window at each place that holds it: (..., H, W) -> (..., H-w+1, W-w+1).
 
-    Sums along columns, then rows, with each map a group of its own: a convolution of one channel
+    Sums along columns, then rows, with a group for each map: a convolution of one channel
     takes 8 to 11 times as long with its gradient.
 
     g: (w,); the window is its outer product.

@@ -53,14 +53,14 @@ class ADGAN(Detector):
 
     def build(self, start: Any) -> dict[str, nn.Module]:
         size, width = self.image_size, self.width
-        judge = nn.Sequential(
+        discriminator = nn.Sequential(
             nn.Linear(self.latent, 128), nn.LeakyReLU(0.2),
             nn.Linear(128, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1),
         )  # fmt: skip
         return {
             "to_latent": convolutions(size, width, self.latent),
             "to_image": deconvolutions(self.latent, size, width),
-            "of_latent": judge,
+            "of_latent": discriminator,
             "of_image": convolutions(size, width, 1, norm=False),
         }
 

@@ -1,7 +1,7 @@
-"""f_beta as a detector: it comes for nothing with the pre-training.   [P!(8) R22]
+"""f_beta as a detector: it comes free with the pre-training.   [P!(8) R22]
 
-Eq. 8 trains f_beta to tell images with 0, 1, 2 and 3 fake lesions apart, so that what it says of a
-new image is a score, 1 - P(n = 0 | x). The paper does not use it so: a reading of ours.
+Eq. 8 trains f_beta to tell images with 0, 1, 2 and 3 fake lesions apart, so that its output
+for a new image is a score, 1 - P(n = 0 | x). The paper does not use it this way: our reading.
 
 Sizes: B images, S pixels a side, A classes.
 """

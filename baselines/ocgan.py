@@ -97,7 +97,7 @@ class OCGAN(Detector):
         yield Training(self, self.kind, images, self.terms, adams, epochs=self.epochs)
 
     def terms(self, x: Tensor, draws: torch.Generator, step: int) -> Terms:
-        """10 l_MSE + l_latent + l_visual of the auto-encoder; the judges' losses.   [O:§3.5]
+        """10 l_MSE + l_latent + l_visual of the auto-encoder; the discriminators'.   [O:§3.5]
 
         l_MSE = E |x - De(En(x + n))|^2; D_l tells s ~ U(-1, 1) from z = En(x + n), D_v tells x
         from De(s*), C tells De(z) from De(s), s* mined from s.

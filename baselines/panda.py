@@ -1,8 +1,8 @@
 """PANDA: pre-trained features pulled to their centre, then nearest neighbours.   [P:Tab.1]
 
 Reiss et al., "PANDA: Adapting Pretrained Features for Anomaly Detection and Segmentation", CVPR
-2021: `[N:...]`, `[N:code]` its authors' code. Not here: the pre-training, of which any may be
-given. Sizes: N training images, B images, S pixels a side, C pooled features, k neighbours.
+2021: `[N:...]`, `[N:code]` its authors' code. Not here: the pre-training; any will
+do. Sizes: N training images, B images, S pixels a side, C pooled features, k neighbours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fisher_information(
 ) -> list[Tensor]:
     """F_i = E_x (d log p(y | x) / d theta_i)^2, y drawn from p(y | x).   [P!§4.4.1 R23]
 
-    p is the ResNet's own classifier (fc) behind its pooled features.
+    p is the ResNet's own classifier (fc) on its pooled features.
 
     images: (B, 3, S, S) in [0, 1], each for itself.   returns: tensors shaped as `weights`.
     """

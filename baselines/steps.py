@@ -72,7 +72,7 @@ class Detector(ABC):
 
     @abstractmethod
     def phases(self, images: np.ndarray) -> Iterator[Training]:
-        """The trainings one after the other; behind the last, what needs the trained networks."""
+        """The trainings one after the other; after the last, what needs the trained networks."""
 
     @abstractmethod
     def score_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class Detector(ABC):
         return self
 
     def trainings(self, images: ArrayLike | Tensor) -> Iterator[Training]:
-        """The same for a caller who keeps checkpoints; ask for the next when one is done."""
+        """The same for a caller who keeps checkpoints; take the next one when one is done."""
         data = self.checked(images)
         if len(data) < 2:
             raise ValueError(f"{self.kind} needs N >= 2 training images, got N={len(data)}")
@@ -266,7 +266,7 @@ def widths(size: int, width: int) -> tuple[int, list[int]]:
 
 
 def convolutions(size: int, width: int, outputs: int, *, norm: bool = True) -> nn.Sequential:
-    """(B, 3, S, S) -> (B, outputs): stride-2 convolutions, batch norm behind all but the first."""
+    """(B, 3, S, S) -> (B, outputs): stride-2 convolutions, batch norm after all but the first."""
     side, channels = widths(size // 2, width)
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(zip([3, *channels], channels, strict=False)):
@@ -276,7 +276,7 @@ def convolutions(size: int, width: int, outputs: int, *, norm: bool = True) -> n
 
 
 def deconvolutions(inputs: int, size: int, width: int) -> nn.Sequential:
-    """(B, inputs) -> (B, 3, S, S) in [0, 1]: the same backwards, with batch norm and a sigmoid."""
+    """(B, inputs) -> (B, 3, S, S) in [0, 1]: the reverse, with batch norm and a sigmoid."""
     side, channels = widths(size // 2, width)
     first = nn.Linear(inputs, channels[-1] * side**2)
     layers: list[nn.Module] = [first, nn.Unflatten(1, (channels[-1], side, side))]

@@ -317,7 +317,7 @@ def contrastive(
 
     z:          (N, Z), N >= 2, any float dtype and strides. A 16-bit z keeps f of eq. 6 in its own
                 dtype on a GPU; all sums are float32. Z <= 512 on the Triton path.
-    c:          gets a gradient only if it asks for one.
+    c:          gets a gradient only if it requires one.
     backend:    "auto" (by the device), "torch" or "triton".
     rows:       with z gathered over ranks, each rank passes its own.
     allow_tf32: Triton path, float32 z: round products to 10 bits, as fast as 16-bit floats.

@@ -116,7 +116,7 @@ class Claim:
             self.folder.mkdir()
         except FileExistsError:
             if not self.folder.is_dir():
-                raise ValueError(f"--out {self.folder}: is no folder; name another") from None
+                raise ValueError(f"--out {self.folder}: is not a folder; name another") from None
             return False
         except OSError as error:
             reason = error.strerror or error
@@ -175,7 +175,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _system_lock(file: int) -> bool | None:
-    """True: this process holds it now; False: another does; None: there are no such locks here."""
+    """True: this process holds it now; False: another does; None: this system has no such locks."""
     if fcntl is None:
         return None
     try:
@@ -230,7 +230,7 @@ def claimed(
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run that is there while the block writes into it; raises as Claim."""
+    """Hold the folder of an existing run while the block writes into it; raises as Claim."""
     if not folder.is_dir():  # the block says so
         yield
         return

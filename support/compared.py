@@ -31,7 +31,7 @@ NAMES = ("padim", "igd", *COMPARED)  # of --detector, and of rows of results.jso
 def chosen(detector: str) -> tuple[str, ...]:
     """The names in --detector: some of NAMES with commas; "both" is padim,igd.
 
-    raises: ValueError for another name, or one that is there twice.
+    raises: ValueError for another name, or one named twice.
     """
     names = tuple(("padim,igd" if detector == "both" else detector).split(","))
     if not set(names) <= set(NAMES) or len(set(names)) < len(names):
@@ -61,8 +61,8 @@ def fit(
     kind = COMPARED[name]
     settings = dict(kind.quick) if options["preset"] == "quick" else {}
     settings |= {"image_size": options["image_size"], "seed": options["seed"]}
-    given = {"epochs": options["detector_epochs"], "lr": options["detector_lr"]}
-    settings |= {option: value for option, value in given.items() if value}
+    changed = {"epochs": options["detector_epochs"], "lr": options["detector_lr"]}
+    settings |= {option: value for option, value in changed.items() if value}
     if name == "fanogan" and options["detector_epochs"]:
         settings["encoder_epochs"] = options["detector_epochs"]
     if name == "dae":

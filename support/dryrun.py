@@ -76,7 +76,7 @@ def tell_how_long(config: Any, count: int) -> None:
 
 
 def _trainings(config: Any, count: int) -> Iterator[Any]:
-    """Those of a run, on random images in place of `count` decoded ones.
+    """The trainings of a run, on random images in place of `count` decoded ones.
 
     raises: ValueError if there are too few images.
     """
@@ -113,7 +113,7 @@ def _trainings(config: Any, count: int) -> Iterator[Any]:
 
 
 def _seconds(training: Any) -> float:
-    """Of a step: the second one, for the first fills caches; the first if that takes long."""
+    """Seconds of a step: the second, since the first fills caches; the first if it is long."""
     if training.total == 0:
         return 0.0
     took = 0.0

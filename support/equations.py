@@ -105,7 +105,7 @@ def code(name: str, root: Path) -> str:
     """The source of a function or method, in a fence below a link to its file.
 
     name:   module.function, package.module.function or module.Class.method.
-    raises: ValueError if there is none of this name.
+    raises: ValueError if there is no such name.
     """
     parts = name.split(".")
     for k in range(len(parts) - 1, 0, -1):

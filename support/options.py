@@ -181,7 +181,7 @@ GROUPS = {  # titles of --help -> the first option of each group
 
 
 def _check_value(config: Config, field: dataclasses.Field) -> None:
-    """raises: ValueError if the option is none of its choices, or out of its range."""
+    """raises: ValueError if the option is not one of its choices, or out of range."""
     value, checks = getattr(config, field.name), field.metadata
     if checks["choices"] and value not in checks["choices"]:
         raise _bad(config, field.name, f"one of {', '.join(filter(None, checks['choices']))}")

@@ -34,12 +34,12 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, from the first process only, which speaks for all."""
+    """Print a line on stderr, from the first process only."""
     _write(text, "\n")
 
 
 def complain(program: str, error: object) -> int:
-    """Say in one line why a program ends, from any process, and return its exit status, 2."""
+    """Print in one line why a program ends, from any process; its exit status, 2."""
     replace = "\r\x1b[K" if sys.stderr.isatty() else ""
     _print(replace + one_line(program, error), "", sys.stderr)
     return 2
@@ -64,7 +64,7 @@ def quietly(main: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def ours_alone() -> Iterator[None]:
-    """While the block runs, what libraries in C write to the screen goes nowhere: libtiff's."""
+    """Discard what libraries in C, such as libtiff, write to the screen while the block runs."""
     try:
         real = sys.stderr.fileno() == 2
     except (OSError, ValueError, AttributeError):  # somebody else's stream
@@ -87,7 +87,7 @@ def ours_alone() -> Iterator[None]:
 
 
 def show(text: str) -> None:
-    """Print text on stdout; a reader that has gone, as `| head -1`, ends no run."""
+    """Print text on stdout; a closed pipe, as with `| head -1`, does not end a run."""
     _print(text, "", sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""Reading what a run has written, and refusing what it cannot have: one line, never a traceback.
+"""Read what a run has written, and refuse what it cannot have written: one line, no traceback.
 
 config.json, results.json and detector files; a checkpoint is checked in training.py, the cache in
 cache.py, data.json in layouts.py.
@@ -82,7 +82,7 @@ ROW_COUNTS = ("validation_normal", "validation_abnormal", "test_normal", "test_a
 def read_results(folder: Path) -> dict[str, Any]:
     """A run's results.json, {} if there is none, without rows of an older version of this program.
 
-    raises: ValueError if a measure in the row of a detector is no finite number.
+    raises: ValueError if a measure in the row of a detector is not a finite number.
     """
     path = folder / "results.json"
     results = read_json(path)

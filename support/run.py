@@ -52,7 +52,7 @@ def pick_device(name: str) -> str:
 
 
 def lack(error: MemoryError | RuntimeError) -> str:
-    """What to say of an error that is the machine's.   raises: the error if it is the program's."""
+    """The message for an error of the machine: memory, a lost process; raises any other again."""
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
         return "out of memory: lower --batch-size or --image-size"
@@ -112,7 +112,7 @@ def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
             return torch.load(file, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception:  # an unpickler fails in any way on bytes that are none of its own
+    except Exception:  # an unpickler may fail in any way on foreign bytes
         raise ValueError(f"{path}: no {what}, or a damaged one; move it away") from None
 
 
@@ -128,12 +128,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8, whatever the locale; names of files that are none stay the bytes that they are."""
+    """UTF-8, whatever the locale; file names that are not UTF-8 keep their bytes."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def printable(name: str) -> str:
-    """A file's name with escapes for bytes that are no UTF-8."""
+    """A file's name with escapes for bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -309,7 +309,7 @@ def averaged(
 
 
 def as_in_first_process(networks: nn.Module) -> None:
-    """Weights and buffers: on CPUs, each process's batch norm has averages of its own."""
+    """Weights and buffers: on CPUs, the averages of batch norm differ between processes."""
     if ranks()[1] > 1:
         for tensor in networks.state_dict().values():
             dist.broadcast(tensor, 0)

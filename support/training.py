@@ -100,7 +100,7 @@ def step(
 
     The one place where a step waits for a GPU, for the forward pass; the backward pass goes on.
 
-    raises: FloatingPointError when a term was not finite; then the weights are none either.
+    raises: FloatingPointError when a term was not finite; then the weights are not finite either.
     """
     terms = losses()
     read = _reading(torch.stack([term.detach() for term in terms.values()]))
@@ -117,7 +117,7 @@ def step(
 
 
 def _reading(values: Tensor) -> Callable[[], list[float]]:
-    """Reads the values as they are now: waits for them, and for nothing that a GPU does later."""
+    """Read the values as they are now: wait for them, and for nothing that a GPU does later."""
     if not values.is_cuda:
         return values.tolist
     copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -131,7 +131,7 @@ def _reading(values: Tensor) -> Callable[[], list[float]]:
 
 
 def _remedy(training: Any, checkpoint: Path, done: int) -> str:
-    """What to change, which is the rate only if steps at this rate were taken, and what is kept."""
+    """What to change (the rate, only if a step was taken at it), and which state is kept."""
     kept = f"the last good state is kept in {checkpoint}"
     config = getattr(training, "config", None)
     change = f"lower {training.rate_option} ({training.rate:g})"
@@ -154,7 +154,7 @@ def save(training: Any, checkpoint: Path, sums: Mapping[str, float], rows: list)
 
 
 def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Put the training where the checkpoint was; the sums of its epoch, and its log.
+    """Restore the training from its checkpoint; the sums of its epoch, and its log.
 
     raises: OSError or ValueError, naming the file.
     """
@@ -176,14 +176,14 @@ def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[s
 
 
 def _restore(training: Any, state: dict[str, Any]) -> tuple[dict[str, float], list]:
-    """raises: ValueError or anything else if the state is none of this training's."""
+    """raises: ValueError or anything else if the state does not fit this training."""
     fresh = training.state_dict()
     if not all_finite(state):
         raise ValueError("a damaged checkpoint: some weights are not finite; move it away")
     sums, rows = state["sums"], state["log"]
     numbers = [*sums.values(), *(value for row in rows for value in row.values())]
     if not all(isinstance(value, int | float) for value in numbers):
-        raise TypeError("the log holds what is no number")
+        raise TypeError("the log holds something that is not a number")
     training.load_state_dict(state)
     if not (type(training.step_done) is int and 0 <= training.step_done <= training.total):
         raise ValueError(f"a damaged checkpoint: step {training.step_done} of {training.total}")
@@ -235,7 +235,7 @@ def start_weights(backbone: ResNet18, init: str) -> str:
     init:    "random" leaves it as it is; "imagenet" insists on torch.hub's cached or downloaded
              weights and "auto" goes on without them; else a file in torchvision's format.
     returns: what the network starts from: "random", "imagenet" or the file's name.
-    raises:  ValueError if ImageNet's weights cannot be had, or the file is no ResNet-18.
+    raises:  ValueError if ImageNet's weights are unavailable, or the file is not a ResNet-18.
     """
     if init == "random":
         return init

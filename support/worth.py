@@ -1,7 +1,7 @@
 """What a number is worth: intervals, trivial baselines, fake lesions, near-duplicates.
 
-None of this is in the paper. An AUROC means something beside what a few pixels, the file's size or
-an untrained network reach, and within the interval that its number of test images leaves.
+None of this is in the paper. An AUROC is to be read beside what a few pixels, the file's size or an
+untrained network reach, and with the interval that its number of test images leaves.
 
 Sizes: N training images, M test images, P of them abnormal and Q normal, S pixels a side.
 """
@@ -102,8 +102,8 @@ def add_worth(
 def trivial_scores(train: Array, test: Array, samples: Sequence[Sample]) -> dict[str, Array]:
     """Scores of the test images that need no network: name -> (M,).
 
-    The distance to the nearest training thumbnails has one direction. Of file size and brightness
-    both are given, since either may be what an abnormal image has less of.
+    The distance to the nearest training thumbnails has one direction. File size and brightness
+    count in both directions, since an abnormal image may have more or less of either.
 
     train, test: (N, 3, S, S) and (M, 3, S, S) uint8.   samples: of the test images.
     """
