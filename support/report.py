@@ -153,7 +153,7 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
             "<p>This run had healthy images only, so nothing was measured. Scores of other images "
             "can be compared with one another: <code>python eval.py RUN --score FOLDER</code>.</p>"
         )
-        return Section("Measures", text)
+        return Section("Measures", text + _fakes(results))
     columns = {
         title: key for title, key in MEASURES.items() if any(key in r for r in rows.values())
     }
@@ -175,23 +175,27 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
                 f"<p>{escape(name)} has an AUROC {over['difference']:+.3f} from that of the "
                 f"untrained network, interval {low:+.3f} to {high:+.3f}.</p>"
             )
-    if fakes := results.get("fake_lesions"):
-        numbers = (f"{key} {value:.3f}" for key, value in fakes.items() if _is_number(value))
-        words = escape(", ".join(numbers).replace("image_auroc", "AUROC").replace("aupro", "AUPRO"))
-        parts.append(f"<p>Fake lesions on healthy training images: {words}.</p>")
+    parts.append(_fakes(results))
     notes = dict.fromkeys(note for row in rows.values() for note in row.get("notes", []))
     parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" * bool(notes))
     return Section("Measures", "".join(parts))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _title(name: str, row: Mapping[str, Any]) -> str:
     """The row's name and what it stands for."""
     what = NAMES.get(name, "") + (f" ({row['baseline']})" if "baseline" in row else "")
     return escape(name) + f'<br><span class="note">{escape(what)}</span>' * bool(what)
+
+
+def _fakes(results: Mapping[str, Any]) -> str:
+    """How well lesions of MedMix are found, with this network and with the untrained one."""
+    fakes = results.get("fake_lesions")
+    if not fakes:
+        return ""
+    rows = [fakes, *filter(None, [fakes.get("untrained")])]  # runs of older versions lack it
+    words = [f"AUROC {row['image_auroc']:.3f}, AUPRO {row['aupro']:.3f}" for row in rows]
+    than = f"; the untrained network has {words[1]}" if len(words) > 1 else ""
+    return f"<p>Fake lesions on healthy training images: {words[0]}{than}.</p>"
 
 
 def _value(row: Mapping[str, Any], key: str) -> str:

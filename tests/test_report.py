@@ -206,7 +206,8 @@ def test_without_masks_there_are_no_outlines(tmp_path):
 def test_rows_that_others_add_are_shown_if_they_are_there(tmp_path):
     kinds = {"flat": 0.123, "round": 0.987}
     trivial = {"image_auroc": 0.65, "image_auroc_interval": [0.61, 0.69], "baseline": "16 x 16"}
-    fakes = {"image_auroc": 0.71, "aupro": 0.32}
+    fakes: dict = {"image_auroc": 0.71, "aupro": 0.32}
+    fakes["untrained"] = {"image_auroc": 0.61, "aupro": 0.22}
     results = run(tmp_path) | {"trivial": trivial, "fake_lesions": fakes}
     results["padim"] |= {
         "kinds": kinds,
@@ -220,8 +221,9 @@ def test_rows_that_others_add_are_shown_if_they_are_there(tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     assert_well_made(page)
     for words in (
-        "0.650 [0.610, 0.690]", "(16 x 16)", "0.123, ", "0.987, ", "0.456", "AUROC 0.710",
-        "AUPRO 0.320", "padim has an AUROC -0.050", "-0.090 to +0.010", "f_beta",
+        "0.650 [0.610, 0.690]", "(16 x 16)", "0.123, ", "0.987, ", "0.456",
+        "AUROC 0.710, AUPRO 0.320; the untrained network has AUROC 0.610, AUPRO 0.220.",
+        "padim has an AUROC -0.050", "-0.090 to +0.010", "f_beta",
     ):  # fmt: skip
         assert words in page.text, words
     assert not page.cards()  # no heat maps: the detector's section has its charts alone
