@@ -24,18 +24,24 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = "passive"
 sys.path.insert(0, str(Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()))
 
-from IPython.display import display
-from PIL import Image
+from IPython.display import Image, display
 
 from baselines.strong import STRONG
 from detectors import PaDiM
 from measures import auroc
 from pmsacl import Pretraining
 from support import data, layouts, phantom
+from support.cards import jpeg
 from support.figures import dot_chart
 from support.job import main_job
 from support.options import make_config
 from support.paper_figures import draw
+
+
+def show(picture):
+    """A JPEG file: as PNG these pictures take four times the room."""
+    display(Image(jpeg(picture)))
+
 
 folder = Path(tempfile.mkdtemp())
 phantom.draw(folder / "phantom", train=40, good=24, abnormal=24, size=64)
@@ -54,7 +60,7 @@ assert (run / "results.json").exists()
 # close together: eq. 2 begins from there.
 
 # %%
-display(draw(1, run))
+show(draw(1, run))
 
 # %% [markdown]
 # ## Figure 2: MedMix `[P:Fig.2]`
@@ -63,7 +69,7 @@ display(draw(1, run))
 # differ in colour, texture and shape, and at how their soft rims leave no edge to learn from.
 
 # %%
-display(draw(2, run))
+show(draw(2, run))
 
 # %% [markdown]
 # ## Figures 3 and 4: lesions found by PaDiM and by IGD `[P:Fig.3]` `[P:Fig.4]`
@@ -73,7 +79,8 @@ display(draw(2, run))
 # what its auto-encoder could not draw again.
 
 # %%
-display(draw(3, run), draw(4, run))
+show(draw(3, run))
+show(draw(4, run))
 
 # %% [markdown]
 # ## Figure 5: detections with their scores `[P:Fig.5]`
@@ -82,7 +89,7 @@ display(draw(3, run), draw(4, run))
 # one a lesion that passed. Mistakes have scores near the threshold if the detector is any good.
 
 # %%
-display(draw(5, run))
+show(draw(5, run))
 
 # %% [markdown]
 # ## Figures 6 and 7: which augmentation, and how many classes? `[P:Fig.6]` `[P:Fig.7]`
@@ -113,7 +120,7 @@ with contextlib.redirect_stderr(io.StringIO()):
     strong = {name: auroc_of(strong=name) for name in STRONG}
     classes = {f"|A| = {k}": auroc_of(classes=k) for k in (1, 2, 3)} | {"|A| = 4": strong["medmix"]}
 for title, values in (("Fig. 6: augmentations", strong), ("Fig. 7: classes", classes)):
-    display(dot_chart(values, {}, title=f"{title}, small phantoms", axis="image AUROC of PaDiM"))
+    show(dot_chart(values, {}, title=f"{title}, small phantoms", axis="image AUROC of PaDiM"))
 assert all(0 <= value <= 1 for [value] in (strong | classes).values())
 
 # %% [markdown]
@@ -124,4 +131,4 @@ assert all(0 <= value <= 1 for [value] in (strong | classes).values())
 # (abnormal) among the colours of the lesions.
 
 # %%
-display(Image.open(run / "figures" / "features.png"))
+display(Image(run / "figures" / "features.png"))
