@@ -23,7 +23,7 @@ from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures
 from support import cards, data, figures, layouts, report
 from support.claim import held
 from support.compared import COMPARED
-from support.progress import complain, quietly, say, show
+from support.progress import complain, notify, quietly, show
 from support.readers import build_detector, read_config, read_results
 from support.run import Parser, pick_device, read_saved, read_text
 from support.scoring import BATCH_SIZE, score_files, score_set
@@ -312,7 +312,7 @@ def evaluate_run(
     kept = {}
     for name, entry in old.items():
         if name in measured(old) and entry.get("data") != origin(dataset, seed, paper_protocol):
-            say(f"left out: the row {name}, of other data or another protocol")
+            notify(f"left out: the row {name}, of other data or another protocol")
         elif name not in detectors:
             kept[name] = entry
     evaluate(

@@ -38,7 +38,7 @@ from support.figures import png
 from support.job import main_job
 from support.options import Config, make_config, parse
 from support.paper_figures import PICTURES, draw, draw_views
-from support.progress import complain, duration, quietly, say
+from support.progress import complain, duration, notify, quietly
 from support.rows import MASKED, ROWS, Row, read_sweep, reference, rows_of, with_more
 from support.run import Parser, make_folder, read_json, read_text, write_file
 from support.sheets import ENDS, MEASURES, sheet, write
@@ -145,11 +145,11 @@ def carry_out(name: str, rows: list[Row], out: Path, keep: bool) -> Iterator[lis
         config = rows[i].configs[seed]
         if result_of(config, rows[i].detector, out) is None and not rows[i].failure:
             left = time_left([row for row in rows if not row.failure], out)
-            say(f"\n{name}: {rows[i].name}, seed {seed} (run {count} of {len(todo)}{left})")
+            notify(f"\n{name}: {rows[i].name}, seed {seed} (run {count} of {len(todo)}{left})")
             try:
                 run_job(config, out, keep)
             except (ValueError, OSError, FloatingPointError) as error:
-                say(f"{name}: {rows[i].name} failed: {error}")
+                notify(f"{name}: {rows[i].name} failed: {error}")
                 rows[i] = dataclasses.replace(rows[i], failure=str(error).replace("\n", " "))
         yield filled(rows, out)
 
@@ -199,7 +199,7 @@ def finished(config: Config, args: argparse.Namespace) -> Path:
     """The folder of the finished run with these settings; what is missing is run."""
     folder = folder_of(config, args.out)
     if not (folder / "results.json").exists():
-        say(f"\nthe run of the pictures: {folder}")
+        notify(f"\nthe run of the pictures: {folder}")
         run_job(config, args.out, args.keep)
     return folder
 
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 text = write(name, done, common, images, args.out)
             print(text)
         if not args.show:
-            say(f"tables, charts and pictures are in {args.out}")
+            notify(f"tables, charts and pictures are in {args.out}")
     except (ValueError, OSError, FloatingPointError) as error:
         return complain("experiments.py", error)
     except KeyboardInterrupt:

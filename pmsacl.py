@@ -41,7 +41,7 @@ from losses import (
 )
 from support.data import resident
 from support.options import CENTRED, Config, lesion_area, positive_scale
-from support.progress import progress, quietly, say
+from support.progress import notify, progress, quietly
 from support.run import gather, mean_of_processes, ranks
 from support.training import start_weights, train
 from support.worth import fake_lesions
@@ -303,7 +303,7 @@ class Pretraining:
         health = self.health()
         if health["spread"] < 0.1 * self.spread and not self.collapsed:
             self.collapsed = True
-            say(
+            notify(
                 f"collapse: the spread of z fell from {self.spread:.2g} to {health['spread']:.2g}; "
                 "see R20 in docs/deviations.md (--features, --centre-weight)"
             )

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from support.progress import ours_alone, progress, say
+from support.progress import notify, ours_alone, progress
 from support.run import process_lives, write_file
 
 Files = tuple[Path, ...]  # what one row of a cache is read from: an image, or a mask and its image
@@ -88,7 +88,7 @@ def _complete(data: Path, marker: Path, rows: int, size: int, missing: int) -> d
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if crc != wanted:
-        say(f"{data}: its content has changed; decoding again")
+        notify(f"{data}: its content has changed; decoding again")
         return None
     return unreadable
 

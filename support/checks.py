@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from support.layouts import EXTENSIONS, MASKS, Dataset, Sample, how_to_convert, visible, walk
-from support.progress import progress, say, size_of
+from support.progress import notify, progress, size_of
 
 SHOWN = 5  # names in a complaint
 
@@ -40,7 +40,7 @@ def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
     check_disk(config, folder, (len(dataset.train), len(dataset.test), masks))
     notes = check_content(dataset, allow=config.allow_duplicates) + check_unused(dataset)
     for note in notes:
-        say(note)
+        notify(note)
     return notes
 
 
@@ -57,7 +57,7 @@ def check_threads(saved: Mapping[str, Any]) -> None:
     """Say so if a run goes on with another number of threads: sums are rounded otherwise."""
     before, now = str(saved.get("threads", "")), str(torch.get_num_threads())
     if before and before != now:
-        say(
+        notify(
             f"this run was begun with {before} threads and goes on with {now}: its numbers will "
             f"differ in the last digits (OMP_NUM_THREADS={before} keeps them)"
         )
@@ -164,7 +164,7 @@ def check_masks(samples: Sequence[Sample], masks: np.ndarray | None, known: Any)
         if which
     ]
     for note in notes:
-        say(note)
+        notify(note)
     return notes
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from support.progress import say
+from support.progress import notify
 from support.run import from_first_process, make_folder, patient, process_lives, ranks
 
 try:
@@ -253,7 +253,7 @@ def _handle(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
     _State.asked = True
     if number == signal.SIGINT:
-        say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        notify("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from baselines.ocgan import OCGAN
 from baselines.panda import PANDA
 from baselines.pretraining import UNTRAINED
 from baselines.steps import Detector
-from support.progress import say
+from support.progress import notify
 from support.training import train
 
 COMPARED: dict[str, type[Detector]] = {
@@ -70,6 +70,6 @@ def fit(
     detector = kind(backbone if kind.pretrained else options["device"], **settings)
     for training in detector.trainings(images):
         file = training.name.replace(" ", "_")
-        say(f"training {training.name}")
+        notify(f"training {training.name}")
         train(training, folder / f"checkpoint_{file}.pt", folder / f"log_{file}.csv")
     return detector

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.cache import Files, cached
 from support.layouts import Dataset, Sample, other_kind
-from support.progress import say
+from support.progress import notify
 from support.run import open_regular
 
 Window = tuple[float, float]  # the values that are shown black and white
@@ -181,9 +181,11 @@ def _tell(unreadable: dict[int, str], left_out: list[str] | None) -> None:
     """Say what --skip-bad leaves out, and hand it on."""
     reasons = list(unreadable.values())
     for reason in reasons[:LEFT_OUT_SHOWN]:
-        say(f"left out: {' '.join(reason.split())[:300]}")
+        notify(f"left out: {' '.join(reason.split())[:300]}")
     if len(reasons) > LEFT_OUT_SHOWN:
-        say(f"and {len(reasons) - LEFT_OUT_SHOWN} more; the results.md of a run names all of them")
+        notify(
+            f"and {len(reasons) - LEFT_OUT_SHOWN} more; the results.md of a run names all of them"
+        )
     if left_out is not None:
         left_out += reasons
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from support.data import Window, extremes, window_of
-from support.progress import progress, say
+from support.progress import notify, progress
 
 EIGHT_BITS = {".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp"}  # always
 
@@ -63,7 +63,7 @@ def window_of_set(
     if not found:
         return None
     window = window_of(least, most, floating)
-    say(
+    notify(
         f"{found} images of more than 8 bits, values {least:g} to {most:g}: {window[0]:g} is black "
         f"and {window[1]:g} white in all of them (--window LOW,HIGH sets it)"
     )

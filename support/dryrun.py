@@ -16,7 +16,7 @@ from pmsacl import Pretraining
 from support import checks, layouts
 from support.depth import parse_window
 from support.phantom import draw
-from support.progress import LONG, duration, say, show, size_of
+from support.progress import LONG, duration, notify, show, size_of
 from support.run import ranks
 
 HEAVY = 4e6  # pixels of a step's views: from here on a CPU takes seconds for one
@@ -70,9 +70,9 @@ def tell_how_long(config: Any, count: int) -> None:
         return
     per_step = _seconds(training)
     left = per_step * training.total
-    say(f"one step takes {per_step:.0f} s here, {training.total} steps about {duration(left)}")
+    notify(f"one step takes {per_step:.0f} s here, {training.total} steps about {duration(left)}")
     if left > LONG:
-        say("that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish")
+        notify("that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish")
 
 
 def _trainings(config: Any, count: int) -> Iterator[Any]:

@@ -39,7 +39,7 @@ from support.features import draw_features
 from support.figures import image_grid, png, write_all
 from support.options import Config, parse, resolve
 from support.paper_figures import views_figure
-from support.progress import complain, progress, say, show
+from support.progress import complain, notify, progress, show
 from support.readers import read_config
 from support.report import write_report
 from support.run import (
@@ -126,7 +126,7 @@ def main_job(config: Config, folder: Path) -> None:
     seconds: dict[str, float] = {}
     with first_process_first():  # it draws and decodes, the others read
         images = prepare(config, folder)
-    say(plan(config, images, folder))
+    notify(plan(config, images, folder))
     warn_of_near_duplicates(images)
     tell_how_long(config, len(images.train))
 
@@ -146,7 +146,7 @@ def main_job(config: Config, folder: Path) -> None:
     if images.test is None:
         write_results(folder, extra)
         write_report(folder, images.dataset, extra)
-        say(f"no test images: score some with  python eval.py {folder} --score FILES")
+        notify(f"no test images: score some with  python eval.py {folder} --score FILES")
         return
     evaluate(
         folder,
@@ -161,7 +161,7 @@ def main_job(config: Config, folder: Path) -> None:
         extra=extra,
     )
     show(read_text(folder / "results.md"))
-    say(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
+    notify(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
 
 
 def pretrained(
@@ -259,7 +259,7 @@ def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict
     auroc, aupro = (
         f"{fakes[k]:.3f} ({fakes['untrained'][k]:.3f})" for k in ("image_auroc", "aupro")
     )
-    say(f"fake lesions (untrained): image AUROC {auroc}, AUPRO {aupro}; healthy images only")
+    notify(f"fake lesions (untrained): image AUROC {auroc}, AUPRO {aupro}; healthy images only")
     return fakes
 
 
@@ -331,7 +331,7 @@ def warn_of_near_duplicates(images: Images) -> None:
         return
     test, train = pairs[0]
     dataset = images.dataset
-    say(
+    notify(
         f"warning: {len(pairs)} test images are nearly the same as a training image, such as "
         f"{dataset.test[test].path} and {dataset.train[train]}: the results may be too good"
     )
@@ -384,6 +384,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         begun = folder and (folder / "config.json").exists()
         go_on = f"; go on with  python pmsacl.py --resume {folder}" if begun else ""
-        say(f"\ninterrupted{go_on}")
+        notify(f"\ninterrupted{go_on}")
         return 130
     return 0

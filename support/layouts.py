@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from support.progress import say
+from support.progress import notify
 
 EXTENSIONS = set(".png .jpg .jpeg .jpe .jfif .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
 NORMAL = {"good", "normal", "normal_test", "healthy"}
@@ -171,7 +171,7 @@ def walk(
         if entered > most:
             raise ValueError(f"{root}: more than {most:,} folders; name the data set's own folder")
         if not told and time.monotonic() - began > 2:
-            say(f"looking through the folders below {root}")
+            notify(f"looking through the folders below {root}")
             told = True
         folders.sort()
         yield Path(parent), folders, files

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from support import charts
 from support.cards import CARDS, Card, Gallery, cards_html, pictures_of
 from support.page import Section, glossary, page, recounted, slider, table
-from support.progress import say
+from support.progress import notify
 from support.run import write_file
 
 Array = NDArray[Any]
@@ -85,7 +85,7 @@ def write_score_report(folder: Path, new: NewImages) -> None:
     path = folder / "report_scored.html"
     title = f"{folder.resolve().name}: {new.count} new images"
     write_file(path, page(title, [*sections, glossary()], data))
-    say(f"scores and heat maps on one page: {path}")
+    notify(f"scores and heat maps on one page: {path}")
 
 
 def _detector(name: str, s: Array, threshold: float | None, new: NewImages) -> Section:

@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def say(text: str) -> None:
+def notify(text: str) -> None:
     """Print a line on stderr, from the first process only."""
     _write(text, "\n")
 
@@ -153,7 +153,7 @@ def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     finally:
         took = time.monotonic() - start
         if sys.stderr.isatty() or took >= 1:
-            say(f"{label} {done}/{total} in {duration(took)}")
+            notify(f"{label} {done}/{total} in {duration(took)}")
 
 
 class Meter:
@@ -185,15 +185,15 @@ class Meter:
         speed = f"{self.rate:.0f} images/s" if self.rate >= 1 else f"{per_step:.0f} s a step"
         text = f"{where}  {values}  {speed}  {duration(left)} left"
         if step == self.total:
-            say(text)
+            notify(text)
         else:
             self.line.show(text, now, always=last)
 
     def _announce(self, left: float) -> None:
         """The estimate of the first steps, and how to shorten what a CPU would take hours for."""
-        say(f"{self.total} steps, about {duration(left)}")
+        notify(f"{self.total} steps, about {duration(left)}")
         if self.device.type == "cpu" and left > LONG:
-            say(
+            notify(
                 "that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish;"
                 " or lower --epochs and --image-size, or use a GPU"
             )

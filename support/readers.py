@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from encoder import ResNet18
-from support.progress import say
+from support.progress import notify
 from support.run import read_json
 from support.tables import measured
 
@@ -101,7 +101,7 @@ def read_results(folder: Path) -> dict[str, Any]:
                 "without that file"
             )
         if not row.keys() >= {*ROW_NUMBERS, "images", "notes"}:
-            say(f"left out: the row {name} of {path}, of an older version of this program")
+            notify(f"left out: the row {name} of {path}, of an older version of this program")
             del results[name]
     seconds = results.get("seconds", {})
     if not isinstance(seconds, dict) or not all(map(_is_number, seconds.values())):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from encoder import ResNet18
 from support.claim import deferred
-from support.progress import Meter, say
+from support.progress import Meter, notify
 from support.readers import all_finite
 from support.run import (
     as_in_first_process,
@@ -215,7 +215,7 @@ def _imagenet() -> dict[str, Tensor]:
     if _failed:
         raise _failed[0]
     if not Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET).name).exists():
-        say(f"downloading ImageNet's weights, 45 MB; the server has {WAIT:.0f} s to answer")
+        notify(f"downloading ImageNet's weights, 45 MB; the server has {WAIT:.0f} s to answer")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(WAIT)
     try:
@@ -248,7 +248,7 @@ def start_weights(backbone: ResNet18, init: str) -> str:
                     f"--init imagenet: no weights from {IMAGENET} ({error}); put that file into "
                     f"{torch.hub.get_dir()}/checkpoints, or use --init random"
                 ) from None
-            say("ImageNet weights are neither cached nor to be downloaded: random start weights")
+            notify("ImageNet weights are neither cached nor to be downloaded: random start weights")
             return "random"
         backbone.load_state_dict(weights)
         return "imagenet"

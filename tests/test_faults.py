@@ -837,7 +837,7 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch, tmp_path):
     with open(tmp_path / "screen", "wb") as screen:
         for name in ("stdout", "stderr"):
             monkeypatch.setattr(shown.sys, name, Gone(screen.fileno()))
-        shown.say("hello")
+        shown.notify("hello")
         shown.show("hello")
         assert list(shown.progress(range(3), 3, "reading")) == [0, 1, 2]
         assert shown.complain("x", "y") == 2

@@ -264,7 +264,7 @@ def test_a_compared_detector_is_copied_with_little(name):
         ),
         ("medmix", "from baselines import strong", forbidden_imports),
         ("detectors", "from igd import IGD", forbidden_imports),
-        ("detectors", "from support.progress import say", forbidden_imports),
+        ("detectors", "from support.progress import notify", forbidden_imports),
         ("kernels.contrastive", "import encoder", forbidden_imports),
         ("baselines.strong", "import support.run", forbidden_imports),
         ("igd", "from detectors import PaDiM", forbidden_imports),

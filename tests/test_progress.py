@@ -145,7 +145,7 @@ def test_a_message_replaces_the_line_of_progress(screen, tick):
     meter = shown.Meter(0, 9, 16, torch.device("cpu"))
     for step in (1, 2):
         meter.show(step, "epoch 1", {}, last=True)
-    shown.say("collapse")
+    shown.notify("collapse")
     assert screen.getvalue().endswith("left\r\x1b[Kcollapse\n")
 
 
@@ -154,5 +154,5 @@ def test_only_the_first_process_speaks(screen, tick, monkeypatch):
     tick(10)
     train(9, 8)
     list(shown.progress(range(100), 100, "reading"))
-    shown.say("hello")
+    shown.notify("hello")
     assert screen.getvalue() == ""
