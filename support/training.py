@@ -75,6 +75,9 @@ def _train(
         where = f"{training.name} epoch {epoch + 1}/{training.total // training.steps}".lstrip()
         meter.show(training.step_done, where, means, last=last)
         if last:
+            _finite_state(
+                training, checkpoint
+            )  # what is measured now would fail without saying why
             row = {"epoch": epoch + 1, **means, "images_per_second": meter.rate}
             rows.append(row | training.end_epoch())
             sums = {}
@@ -144,13 +147,19 @@ def _remedy(training: Any, checkpoint: Path, done: int) -> str:
 
 def save(training: Any, checkpoint: Path, sums: Mapping[str, float], rows: list) -> None:
     """raises: FloatingPointError, with the old file kept, if a weight is not finite."""
-    state = training.state_dict()
+    state = _finite_state(training, checkpoint)
+    save_atomically({**state, "format": FORMAT, "sums": dict(sums), "log": rows}, checkpoint)
+
+
+def _finite_state(training: Any, checkpoint: Path) -> dict[str, Any]:
+    """raises: FloatingPointError if a weight is not finite."""
+    state: dict[str, Any] = training.state_dict()
     if not all_finite(state):
         raise FloatingPointError(
             f"{training.name} a weight is not finite after step {training.step_done}: "
             f"{_remedy(training, checkpoint, training.step_done)}".lstrip()
         )
-    save_atomically({**state, "format": FORMAT, "sums": dict(sums), "log": rows}, checkpoint)
+    return state
 
 
 def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
