@@ -56,6 +56,7 @@ from support.run import (
     write_file,
 )
 from support.tables import write_results
+from support.together import assist, batch_of_all, offered
 from support.training import train
 from support.worth import fake_lesions, near_duplicates, trivial_scores
 
@@ -148,18 +149,12 @@ def main_job(config: Config, folder: Path) -> None:
         write_report(folder, images.dataset, extra)
         notify(f"no test images: score some with  python eval.py {folder} --score FILES")
         return
+    baselines = trivial_scores(images.train, images.test, images.dataset.test)
     evaluate(
-        folder,
-        images.dataset,
-        detectors,
-        images.test,
-        images.masks,
-        images.known,
-        seed=config.seed,
-        paper_protocol=config.paper_protocol,
-        baselines=trivial_scores(images.train, images.test, images.dataset.test),
-        extra=extra,
-    )
+        folder, images.dataset, offered(detectors), images.test, images.masks, images.known,
+        seed=config.seed, paper_protocol=config.paper_protocol, batch=batch_of_all(),
+        baselines=baselines, extra=extra,
+    )  # fmt: skip
     show(read_text(folder / "results.md"))
     notify(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
 
@@ -238,13 +233,16 @@ def fit_detectors(
 def fit_together(
     encoder: Encoder, patches: Encoder | None, images: Images, config: Config, folder: Path
 ) -> None:
-    """What the other processes do while the first one fits the detectors: their shares."""
+    """What the other processes do while the first one fits and evaluates: their shares."""
+    own: dict[str, Any] = {"f_beta": LesionClassifier(encoder)}
     for name in chosen(config.detector):
         if name == "padim":
-            fit_padim(encoder.backbone, images.train, config)
+            own[name] = fit_padim(encoder.backbone, images.train, config)
         elif name == "igd":
-            fit_igd(encoder, patches, images, config, folder)
-    fit_padim(untrained(config), images.train, config)
+            own[name] = fit_igd(encoder, patches, images, config, folder)
+    own["untrained"] = fit_padim(untrained(config), images.train, config)
+    if images.test is not None:
+        assist(own, images.test, folder, config.device)
 
 
 def untrained(config: Config) -> ResNet18:

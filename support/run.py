@@ -322,28 +322,3 @@ def mean_of_processes(value: Tensor, weight: int) -> Tensor:
     total = torch.cat([weight * value.flatten().double(), value.new_tensor([weight]).double()])
     dist.all_reduce(total)
     return (total[:-1] / total[-1]).view_as(value).to(value.dtype)
-
-
-class Together:
-    """A detector that scores a batch with all processes, each a share; the first gets all, in order.
-
-    All of them have the detector, and call `score` with the same images; the rest is the detector's.
-    """
-
-    def __init__(self, detector: Any) -> None:
-        self.detector = detector
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.detector, name)
-
-    def score(self, images: Any) -> tuple[Tensor | None, Tensor]:
-        (rank, world), n = ranks(), len(images)
-        own = images[n * rank // world : n * (rank + 1) // world]
-        maps, scores = self.detector.score(own) if len(own) else (None, torch.zeros(0))
-        part = None if maps is None else maps.cpu(), scores.cpu()
-        parts: list[Any] = [None] * world
-        dist.gather_object(part, parts if rank == 0 else None, group=patient())
-        if rank > 0:
-            return part  # nobody asks for it
-        all_maps = [m for m, _ in parts if m is not None]
-        return torch.cat(all_maps) if all_maps else None, torch.cat([s for _, s in parts])

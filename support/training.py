@@ -75,11 +75,8 @@ def _train(
         where = f"{training.name} epoch {epoch + 1}/{training.total // training.steps}".lstrip()
         meter.show(training.step_done, where, means, last=last)
         if last:
-            _finite_state(
-                training, checkpoint
-            )  # what is measured now would fail without saying why
             row = {"epoch": epoch + 1, **means, "images_per_second": meter.rate}
-            rows.append(row | training.end_epoch())
+            rows.append(row | _end_epoch(training, checkpoint))
             sums = {}
         stop = asked() and training.step_done < training.total
         due = training.step_done == training.total or time.monotonic() - saved > save_every
@@ -147,19 +144,26 @@ def _remedy(training: Any, checkpoint: Path, done: int) -> str:
 
 def save(training: Any, checkpoint: Path, sums: Mapping[str, float], rows: list) -> None:
     """raises: FloatingPointError, with the old file kept, if a weight is not finite."""
-    state = _finite_state(training, checkpoint)
+    state = training.state_dict()
+    if not all_finite(state):
+        raise _not_finite("a weight", training, checkpoint)
     save_atomically({**state, "format": FORMAT, "sums": dict(sums), "log": rows}, checkpoint)
 
 
-def _finite_state(training: Any, checkpoint: Path) -> dict[str, Any]:
-    """raises: FloatingPointError if a weight is not finite."""
-    state: dict[str, Any] = training.state_dict()
-    if not all_finite(state):
-        raise FloatingPointError(
-            f"{training.name} a weight is not finite after step {training.step_done}: "
-            f"{_remedy(training, checkpoint, training.step_done)}".lstrip()
-        )
-    return state
+def _not_finite(what: str, training: Any, checkpoint: Path) -> FloatingPointError:
+    return FloatingPointError(
+        f"{training.name} {what} is not finite after step {training.step_done}: "
+        f"{_remedy(training, checkpoint, training.step_done)}".lstrip()
+    )
+
+
+def _end_epoch(training: Any, checkpoint: Path) -> dict[str, float]:
+    """raises: FloatingPointError if PaDiM, which measures the encoder, cannot use its features."""
+    try:
+        measured: dict[str, float] = training.end_epoch()
+    except ValueError:
+        raise _not_finite("a feature", training, checkpoint) from None
+    return measured
 
 
 def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[str, float]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from detectors import PaDiM
 from encoder import ResNet18, seeded
 from igd import IGD
 from losses import contrastive_loss, multi_centring_loss
-from support import run
+from support import run, scoring
+from support.together import Together
 from support.training import step
 
 
@@ -39,6 +41,15 @@ def frozen_norms():
 
         patch.setattr(nn.BatchNorm2d, "forward", frozen)
         yield
+
+
+class Scorer:
+    """A detector whose map and score tell which image it saw."""
+
+    def score(self, images):
+        assert len(images)
+        x = torch.from_numpy(images).float()
+        return x.mean(dim=1), x.mean(dim=(1, 2, 3))
 
 
 def an_igd_step(group=None):
@@ -85,6 +96,12 @@ def together(rank: int, world: int, folder: str) -> None:
     z = torch.randn(13, 4, generator=generator(3)).split([4, 3, 3, 3])
     got["gaussian"] = gaussian(iter(z[rank::world]), 0.7, dist.group.WORLD)
     got["igd"] = an_igd_step(dist.group.WORLD)
+    for n in (1, 5, 11):  # the last batch is smaller than the number of processes, or odd
+        got[n] = (
+            scoring.score_set(Together(Scorer()), pictures(count=n), batch=4)
+            if rank == 0
+            else [Together(Scorer()).score(pictures(count=n)[k : k + 4]) for k in range(0, n, 4)]
+        )
     run.wait_for_all()
     torch.save(got, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -110,6 +127,11 @@ def test_several_processes_give_what_one_gives(world, tmp_path):
     padim = PaDiM(ResNet18(seeded(5)), channels=20).fit(pictures(count=13))
     wanted = gaussian([torch.randn(13, 4, generator=generator(3))], 0.7)
     values, gradients, sigma2 = an_igd_step()
+    for n in (1, 5, 11):
+        for one, several in zip(
+            scoring.score_set(Scorer(), pictures(count=n)), every[0][n], strict=True
+        ):
+            np.testing.assert_allclose(several, one, rtol=1e-6)
     for got in every:
         torch.testing.assert_close(got["loss"], loss.detach())
         torch.testing.assert_close(got["gradient"], net.weight.grad)
