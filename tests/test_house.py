@@ -68,6 +68,9 @@ COPY_LIMITS = {
     "kernels/mahalanobis.py": (2, 220),
 }
 OPTION = re.compile(r"(?<![\w-])(--[a-z][\w-]*)")
+TORCHRUNS = {
+    f"--{name}" for name in "nproc-per-node nnodes node-rank rdzv-backend rdzv-endpoint".split()
+}
 COPY_ROW = re.compile(r"^\| ([^|`]+) \| ((?:`[\w/.]+`(?:, )?)+) \| ([\d,]+) \|$", re.MULTILINE)
 
 
@@ -334,5 +337,5 @@ def options() -> set[str]:
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
 def test_options_that_the_docs_name_exist(file, options):
-    named = set(OPTION.findall(DOCS[file])) - {"--nproc-per-node"}  # torchrun's
+    named = set(OPTION.findall(DOCS[file])) - TORCHRUNS
     assert named <= options, named - options
