@@ -278,6 +278,8 @@ def _image_files(path: Path) -> list[Path]:
 BLUE, PALE, GREY = "#1f5fa8", "#8fb4dd", "#777777"
 COMPARED = ("#d9730d", "#2e8b57", "#8e44ad", "#b8860b")  # a colour for each name of `printed`
 ROW = 34  # pixels between two lines of a chart
+LINE = 30  # pixels between two lines of its title
+SMALL = 18  # pixels, the height of its smallest letters, legible at half that
 WIDTH = 640  # pixels of its axis
 
 
@@ -295,7 +297,7 @@ def dot_chart(
     printed: name in the legend -> row -> value to compare with, a diamond; four names at most.
     axis:    what the values are.
     """
-    font, small, large = (ImageFont.load_default(size) for size in (15, 13, 18))
+    font, small, large = (ImageFont.load_default(size) for size in (20, SMALL, 23))
     first, last, step = _ticks(values, printed)
     left = int(max(font.getlength(name) for name in values)) + 40
 
@@ -303,10 +305,11 @@ def dot_chart(
         return left + (value / step - first) / (last - first) * WIDTH
 
     right = left + WIDTH
-    notes, heads = textwrap.wrap(note, right // 7), textwrap.wrap(title, right // 10)
-    top, bottom = 70 + 24 * len(heads), 70 + 24 * len(heads) + ROW * len(values)
-    legend = 330 + sum(44 + int(small.getlength(name)) for name in printed)
-    size = max(right + 40, legend), bottom + 60 + 18 * len(notes)
+    notes, heads = textwrap.wrap(note, right // 9), textwrap.wrap(title, right // 12)
+    top = 70 + LINE * len(heads)
+    bottom = top + ROW * len(values)
+    legend = 430 + sum(44 + int(small.getlength(name)) for name in printed)
+    size = max(right + 40, legend), bottom + 70 + 24 * len(notes)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((12, 10), "\n".join(heads), "black", large)
@@ -315,8 +318,8 @@ def dot_chart(
         x = column(k * step)
         draw.line((x, top - 6, x, bottom), "#dddddd")
         draw.text((x, bottom + 5), f"{k * step:.2f}", "black", small, anchor="ma")
-    draw.text((left + WIDTH / 2, bottom + 24), axis, "black", font, anchor="ma")
-    draw.multiline_text((12, bottom + 50), "\n".join(notes), GREY, small)
+    draw.text((left + WIDTH / 2, bottom + 28), axis, "black", font, anchor="ma")
+    draw.multiline_text((12, bottom + 60), "\n".join(notes), GREY, small)
     for i, (name, row) in enumerate(values.items()):
         y = top + ROW * i + 14
         draw.text((left - 20, y), name, "black", font, anchor="rm")
@@ -349,7 +352,7 @@ def _bar(row: Sequence[float]) -> tuple[float, ...]:
 
 def _draw_legend(draw: ImageDraw.ImageDraw, y: int, printed: Sequence[str]) -> None:
     """The marks of a chart from left to right, with their names."""
-    font, x = ImageFont.load_default(13), 20.0
+    font, x = ImageFont.load_default(SMALL), 20.0
     marks = [("mean ± standard deviation", _dot, 6, BLUE), ("single runs", _dot, 3, PALE)]
     marks += [(name, _diamond, 6, COMPARED[k]) for k, name in enumerate(printed)]
     for name, mark, radius, colour in marks:
@@ -361,7 +364,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, y: int, printed: Sequence[str]) -> N
 def _draw_runs(draw: ImageDraw.ImageDraw, columns: Sequence[float], left: int, y: int) -> None:
     """The marks of one line: single runs, the bar, the mean."""
     if not columns:
-        draw.text((left + 6, y), "not run", GREY, ImageFont.load_default(13), anchor="lm")
+        draw.text((left + 6, y), "not run", GREY, ImageFont.load_default(SMALL), anchor="lm")
         return
     mean = float(np.mean(columns))
     for x in columns if len(columns) > 1 else ():

@@ -95,7 +95,7 @@ def rgb(colour: str) -> tuple[int, ...]:
 
 def middle(pixels: np.ndarray, colour: str, line: int) -> float:
     """The column at the middle of a colour's marks, in one line of a chart with a short title."""
-    top = 70 + 24 + figures.ROW * line
+    top = 70 + figures.LINE + figures.ROW * line
     return float(np.flatnonzero((pixels[top : top + 20] == rgb(colour)).all(-1).any(0)).mean())
 
 
@@ -121,5 +121,5 @@ def test_marks_of_a_chart_stand_at_their_values():
     assert abs(mean - (low + high) / 2) <= 1  # the bar ends 0.1 on either side
     assert abs(middle(pixels, figures.COMPARED[0], 0) - high) <= 1
     assert abs(middle(pixels, figures.COMPARED[0], 1) - low) <= 1
-    bar = (pixels == rgb(figures.BLUE)).all(-1)[70 + 24 + 2 * figures.ROW :].any(0)
+    bar = (pixels == rgb(figures.BLUE)).all(-1)[70 + figures.LINE + 2 * figures.ROW :].any(0)
     assert abs(np.flatnonzero(bar).size - (high - low) / 2) <= 3

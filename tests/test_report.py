@@ -458,6 +458,9 @@ put("verdict", ""); put("from", "3"); put("to", "4"); look();
 put("from", ""); put("to", ""); put("class", "1"); put("threshold", "3.5"); look();
 put("exact", "2", "change"); look();
 document.querySelector("[name=reset]").click(); look();
+var settings = Array.from(document.querySelectorAll("details"));
+window.dispatchEvent(new Event("beforeprint"));
+steps.push(settings.map(function (part) { return part.open; }));
 document.body.dataset.steps = JSON.stringify(steps);
 </script></body>"""
 
@@ -468,7 +471,7 @@ def test_images_are_sorted_and_filtered_in_a_browser(two, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(page.html.replace("</body>", STEPS))
     (body,) = opened(file, "", tmp_path / "home").all("body")
-    low, names, flat, missed, within, moved, exact, back = json.loads(body["data-steps"])
+    low, names, flat, missed, within, moved, exact, back, printed = json.loads(body["data-steps"])
     values = [float(card["score"]) for card in low["cards"]]
     assert values == sorted(values) and len(values) == len(page.cards())
     assert [c["name"] for c in names["cards"]] == sorted(a["data-name"] for a in page.cards())
@@ -484,3 +487,4 @@ def test_images_are_sorted_and_filtered_in_a_browser(two, tmp_path):
     for card in moved["cards"]:
         assert card["verdict"] == ("found" if float(card["score"]) >= 3.5 else "missed")
     assert f"threshold of {results['padim']['threshold']:.9g}:" in back["says"]
+    assert printed == [True]  # all settings are on paper
