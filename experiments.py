@@ -38,7 +38,7 @@ from support.figures import png
 from support.job import main_job
 from support.options import Config, make_config, parse
 from support.paper_figures import PICTURES, draw, draw_views
-from support.progress import complain, duration, notify, quietly
+from support.progress import complain, duration, notify, quietly, show
 from support.rows import MASKED, ROWS, Row, read_sweep, reference, rows_of, with_more
 from support.run import Parser, make_folder, read_json, read_text, write_file
 from support.sheets import ENDS, MEASURES, sheet, write
@@ -223,12 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, rows in tables.items():
             shared = name, filled(rows, args.out), common, images
             if args.show:
-                print(sheet(*shared)[2])
+                show(f"{sheet(*shared)[2]}\n")
                 continue
             text = write(*shared, args.out)
             for done in carry_out(name, rows, args.out, args.keep):
                 text = write(name, done, common, images, args.out)
-            print(text)
+            show(f"{text}\n")
         if not args.show:
             notify(f"tables, charts and pictures are in {args.out}")
     except (ValueError, OSError, FloatingPointError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -156,6 +157,30 @@ def test_a_second_training_that_stopped_goes_on_too(name, tmp_path):
         assert training.step_done == (training.total if training.name == name else 1)
         run(training)
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_half_of_the_bits_give_nearly_the_same_losses_and_scores(name, monkeypatch):
+    """As on a GPU, with the autocast of a CPU."""
+    trainings = []
+    for half in (False, True):
+        if half:
+            module = sys.modules[COMPARED[name].__module__]
+            of_cpu = torch.autocast("cpu", torch.bfloat16)
+            monkeypatch.setattr(module, "autocast", lambda device: of_cpu)
+        detector = small(name, epochs=1)
+        training = next(iter(detector.trainings(images(4))))
+        trainings.append((training.losses(), training, detector))
+    (one, *_), (other, training, detector) = trainings
+    assert one.keys() == other.keys()
+    for term in one:
+        assert other[term].dtype == torch.float32
+        torch.testing.assert_close(other[term], one[term], rtol=0.05, atol=0.02)
+    assert any(not torch.equal(one[term], other[term]) for term in one)
+    training.update(other)
+    assert all(v.dtype != torch.bfloat16 for v in detector.networks.state_dict().values())
+    maps, scores = detector.fit(images(4)).score(images(2, seed=1))
+    assert maps.dtype == scores.dtype == torch.float32 and maps.isfinite().all()
 
 
 @pytest.mark.parametrize("name", COMPARED)
