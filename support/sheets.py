@@ -113,7 +113,8 @@ def as_csv(name: str, rows: Sequence[Row]) -> str:
 
 def runs_csv(rows: Sequence[Row]) -> str:
     """A line for each finished run: its row, seed and measures, whether the table shows them."""
-    names = [m for m in (*MEASURES, *ENDS) if any(m in r for row in rows for r in row.results)]
+    own = [m for m in (*MEASURES, *ENDS) if m != "gain"]  # which depends on another run
+    names = [m for m in own if any(m in r for row in rows for r in row.results)]
     lines: list[list[Any]] = [["row", "seed", *names]]
     for row in rows:
         lines += [[row.name, int(r["seed"]), *map(r.get, names)] for r in row.results]
