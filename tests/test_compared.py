@@ -166,8 +166,7 @@ def test_half_of_the_bits_give_nearly_the_same_losses_and_scores(name, monkeypat
     for half in (False, True):
         if half:
             module = sys.modules[COMPARED[name].__module__]
-            of_cpu = torch.autocast("cpu", torch.bfloat16)
-            monkeypatch.setattr(module, "autocast", lambda device: of_cpu)
+            monkeypatch.setattr(module, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
         detector = small(name, epochs=1)
         training = next(iter(detector.trainings(images(4))))
         trainings.append((training.losses(), training, detector))
