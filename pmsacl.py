@@ -307,7 +307,8 @@ class Pretraining:
                 f"collapse: the spread of z fell from {self.spread:.2g} to {health['spread']:.2g}; "
                 "see R20 in docs/deviations.md (--features, --centre-weight)"
             )
-        if not self.local and self.rank == 0:
+        finite = math.isfinite(health["spread"])  # if it is not, the next step says what to do
+        if not self.local and self.rank == 0 and finite:
             fakes = fake_lesions(self.encoder.backbone, self.data, seed=self.config.seed)
             health |= {"fake_auroc": fakes["image_auroc"], "fake_aupro": fakes["aupro"]}
         return health
