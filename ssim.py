@@ -46,7 +46,8 @@ def ms_ssim(
     maps = ssim_maps(x, y, len(weights), window, data_range)
     last = maps[-1][0] * maps[-1][1]
     means = torch.stack([m.mean(dim=(2, 3)) for m in [*(cs for _, cs in maps[:-1]), last]])
-    powers = means.new_tensor(weights)[:, None, None]  # (K, 1, 1)
+    powers = torch.tensor(weights, dtype=means.dtype)[:, None, None]  # (K, 1, 1)
+    powers = powers.to(means.device, non_blocking=not means.is_cpu)  # nothing waits for it
     absent = means <= 0  # (K, B, C); a power's gradient at 0 would be infinite
     factors = torch.where(absent, 0.0, torch.where(absent, 1.0, means) ** powers)
     return factors.prod(dim=0).mean(dim=1)

@@ -43,6 +43,27 @@ class Launches(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.pinned: list[Tensor] = []
 
+    def __enter__(self) -> Any:
+        """Numbers of Python that become a tensor on a GPU are copied there, and waited for."""
+        new_tensor, tensor = Tensor.new_tensor, torch.tensor
+
+        def counted_new(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self._count(self.waits, like.is_meta)
+            return new_tensor(like, *args, **kwargs)
+
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            self._count(self.waits, str(kwargs.get("device")) == "meta")
+            return tensor(*args, **kwargs)
+
+        self.patches = contextlib.ExitStack()
+        self.patches.enter_context(mock.patch.object(Tensor, "new_tensor", counted_new))
+        self.patches.enter_context(mock.patch.object(torch, "tensor", counted))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.patches.close()
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from conftest import DEVICE
 from test_pmsacl import pictures, tiny
 
 import pmsacl
-from encoder import autocast, to_unit
+from encoder import ResNet18, autocast, to_unit
+from igd import IGD
 from support.data import resident
 from support.launches import Launches, of_step
 from support.options import Config
@@ -26,6 +29,8 @@ WAITING = {
     "back": lambda x: x.cpu(),
     "copy": lambda x: torch.zeros(4).to(x.device),
     "large copy": lambda x: torch.zeros(2**20).to(x.device, non_blocking=True),
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+    "tensor": lambda x: torch.tensor([1.0], device=x.device),
     "copy_": lambda x: x.copy_(torch.zeros(len(x))),
 }
 FREE = {
@@ -56,6 +61,19 @@ def test_a_step_waits_once_and_launches_little_beside_its_encoder(changes, most)
     assert list(waits.values()) == [1] and "training.py" in str(waits), waits
     assert whole.launches.total() - encoder.launches.total() < most
     assert encoder.launches.total() > 150 and not encoder.waits.total()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_step_of_igd_waits_for_nothing_but_its_losses(which, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim, "Adam", lambda *_, **__: None)
+    network = ResNet18().to("meta")
+    detector = IGD(network, network, image_size=64, width=8)
+    training = list(detector.trainings(np.zeros((32, 3, 64, 64), np.uint8)))[which]
+    training.step_done = 1  # mu and sigma^2 are there
+    with Launches() as counted:
+        torch.stack(list(training.losses().values())).sum().backward()
+    assert not counted.waits.total() and counted.launches.total() > 500
 
 
 @pytest.mark.gpu
