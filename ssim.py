@@ -49,8 +49,7 @@ def ms_ssim(
     powers = torch.tensor(weights, dtype=means.dtype)[:, None, None]  # (K, 1, 1)
     powers = powers.to(means.device, non_blocking=not means.is_cpu)  # nothing waits for it
     absent = means <= 0  # (K, B, C); a power's gradient at 0 would be infinite
-    factors = torch.where(absent, 0.0, torch.where(absent, 1.0, means) ** powers)
-    return factors.prod(dim=0).mean(dim=1)
+    return torch.where(absent, 0.0, torch.where(absent, 1.0, means) ** powers).prod(0).mean(dim=1)
 
 
 def scale_weights(size: int, window: int) -> tuple[float, ...]:
