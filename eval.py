@@ -7,6 +7,7 @@ Everything here takes the scores and heat maps that a detector gives. Not here: 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,19 +16,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL.Image import Image
 
 from baselines.lesion_classifier import LesionClassifier
 from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
-from support import cards, data, figures, layouts, report
-from support.claim import held
+from support import cards, data, figures, healthy, layouts, report
+from support.claim import held, signals
 from support.compared import COMPARED
+from support.depth import window_of_set
 from support.progress import complain, notify, quietly, show
-from support.readers import build_detector, read_config, read_results
-from support.run import Parser, pick_device, read_saved, read_text
-from support.scoring import BATCH_SIZE, score_files, score_set
-from support.tables import measured, origin, write_results, write_scores
+from support.readers import build_detector, folder_of_other, read_config, read_results
+from support.run import Parser, lack, pick_device, read_saved, read_text
+from support.score_files import score_files
+from support.scoring import BATCH_SIZE, score_set
+from support.tables import displayed, measured, origin, write_results, write_scores
 from support.worth import add_worth
 
 Array = NDArray[Any]
@@ -191,57 +195,71 @@ def evaluate(
     batch: int = BATCH_SIZE,
     baselines: Mapping[str, Array] | None = None,
     extra: Mapping[str, Any] | None = None,
+    home: Path | None = None,
 ) -> dict[str, Any]:
     """Score the test images, apply the protocol, write results, scores and figures.   [P:§4.3]
 
-    folder:    the run's, where results.json, results.md, scores.csv and figures/ are written.
+    folder:    where results.json, results.md, scores.csv, report.html and figures/ are written.
     dataset:   its test samples are those of `images`, in the same order.
     detectors: name of the row (padim, igd, untrained) -> detector; scored one after the other.
     images:    (N, 3, S, S) uint8.   masks: (N, S, S).   known: (N,) bool.
     baselines: name -> scores (N,); the best of them becomes the row `trivial`.
     extra:     top-level entries of results.json: config, seconds, init, rows of other detectors.
+    home:      the run's folder, if it is another one.
     returns:   what results.json holds. Nothing is written before all of it is computed.
     raises:    ValueError as `protocol`, before anything is scored.
     """
     started = time.perf_counter()
     dataset.check_test(len(images))
     labels = np.array([sample.label for sample in dataset.test], bool)
-    test = paper_protocol | ~(validation := validation_split(labels, seed))
+    validation = validation_split(labels, seed)
+    test, usable = paper_protocol | ~validation, ~validation & (True if known is None else known)
     shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
     rows, scores, drawn, shown = {}, {}, {}, {}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
         rows[name], scores[name] = protocol(s, labels, maps, masks, known, **shared), s
         if maps is not None:
-            of_set = images, maps, masks, dataset.test, s, rows[name]
             rows[name] |= _of_maps(maps, labels, test)
-            cases = figures.choose_cases(
-                s, labels, ~validation & (True if known is None else known)
-            )
-            drawn[f"localisation_{name}"] = figures.localisation_figure(*of_set, cases, name)
+            of_set = images, maps, masks, dataset.test, s, rows[name]
+            drawn[f"localisation_{name}"] = _figure(of_set, usable, dataset, name)
             shown[name] = cards.gallery(*of_set, validation)
     if baselines:
         rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
     add_worth(rows, scores, labels, test, [sample.kind for sample in dataset.test], seed)
     rows = {name: row | {"data": origin(dataset, **shared)} for name, row in rows.items()}
     results = {"seconds": {}, **rows, **(extra or {})}
+    results["healthy"] = healthy.summary(detectors, scores, labels, test)
     results["seconds"]["evaluate"] = time.perf_counter() - started
     figures.write_all(folder, drawn)
-    _write(folder, dataset, results, scores, validation, shown)
+    _write(folder, home or folder, dataset, detectors, results, scores, validation, shown)
     return results
 
 
 def _write(
     folder: Path,
+    home: Path,
     dataset: layouts.Dataset,
+    detectors: Mapping[str, Any],
     results: dict[str, Any],
     scores: Mapping[str, Array],
     validation: Array,
     shown: Mapping[str, cards.Gallery],
 ) -> None:
     write_results(folder, results)
-    write_scores(folder, dataset.test, scores, results, validation)
-    report.write_report(folder, dataset, results, scores, validation, shown)
+    percentiles = healthy.percentiles(detectors)
+    write_scores(folder, dataset.test, scores, results, validation, percentiles)
+    report.write_report(home, dataset, results, scores, validation, shown, folder)
+
+
+OfSet = tuple[Array, Array, Array | None, Sequence[layouts.Sample], Array, Mapping[str, Any]]
+
+
+def _figure(of_set: OfSet, usable: Array, dataset: layouts.Dataset, name: str) -> Image:
+    """figures/localisation_NAME.png of some images, each class at even ranks of its scores."""
+    scores, labels = of_set[4], np.array([sample.label for sample in dataset.test], bool)
+    cases = figures.choose_cases(scores, labels, usable)
+    return figures.localisation_figure(*of_set, cases, f"{dataset.root.name}: {displayed(name)}")
 
 
 def _of_maps(maps: Array, labels: Array, test: Array) -> dict[str, Any]:
@@ -289,25 +307,31 @@ def evaluate_run(
     skip_bad: bool,
     batch: int,
     device: str,
-) -> None:
+) -> Path:
     """Evaluate a run again, on its own data set (root None) or on another one.
 
-    Rows of detectors that the run did not save (untrained) are kept if they are of the same data
-    and protocol.
+    Another one's results go into RUN/eval-NAME, and nothing of the run's own is touched. Rows of
+    detectors that the run did not save (untrained) are kept if they are of the same data and
+    protocol.
+    returns: the folder of the results.
     """
     config, old, detectors = load_run(folder, device)
-    path = Path(config.get("data") or folder / "phantom")
-    if root is None and not path.exists():
-        raise ValueError(f"{path}: the images of {folder} are not there; --data names their place")
-    root = (root or path).resolve()
+    own = Path(config.get("data") or folder / "phantom").resolve()
+    if root is None and not own.exists():
+        raise ValueError(f"{own}: the images of {folder} are not there; --data names their place")
+    root = (root or own).resolve()
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
-    dataset = layouts.discover(root, seed=seed)
+    dataset = layouts.discover(root, seed=seed, training=root == own)
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
+    to = folder if root == own else folder_of_other(folder, root)
+    old = old if root == own else read_results(to)
+    fit, _ = healthy.split(dataset.train, float(config.get("healthy_share", 0)))
+    dataset = dataclasses.replace(dataset, train=tuple(fit))
     dataset, images, masks, known = data.decode_test(
-        dataset, size, folder / "cache", skip_bad=skip_bad or bool(config.get("skip_bad")),
-        window=config.get("values_shown"),
+        dataset, size, to / "cache", skip_bad=skip_bad or bool(config.get("skip_bad")),
+        window=window_of_set([s.path for s in dataset.test], "", config),
     )  # fmt: skip
     kept = {}
     for name, entry in old.items():
@@ -316,9 +340,10 @@ def evaluate_run(
         elif name not in detectors:
             kept[name] = entry
     evaluate(
-        folder, dataset, detectors, images, masks, known,
-        seed=seed, paper_protocol=paper_protocol, batch=batch, extra=kept,
+        to, dataset, detectors, images, masks, known,
+        seed=seed, paper_protocol=paper_protocol, batch=batch, extra=kept, home=folder,
     )  # fmt: skip
+    return to
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -331,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("run", type=Path, metavar="RUN", help="a folder that pmsacl.py wrote")
     add("--data", type=Path, help="data set to evaluate on (default: the run's own)")
     add("--score", type=Path, nargs="+", metavar="PATH", help="new images, or folders of them")
+    add("--out", type=Path, help="new folder for what --score writes (default: RUN/scored)")
+    add("--json", action="store_true", help="with --score: a JSON object for each image")
     add("--paper-protocol", action="store_true", help="also measure what sets the thresholds")
     add("--skip-bad", action="store_true", help="leave unreadable files out")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images at a time")
@@ -339,24 +366,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.score and (args.data or args.paper_protocol):
             raise ValueError("--score goes with neither --data nor --paper-protocol")
+        if not args.score and (args.out or args.json):
+            raise ValueError("--out and --json go with --score alone")
         if args.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
-        shared = {"skip_bad": args.skip_bad, "batch": args.batch_size, "device": args.device}
-        if args.score:
-            config, results, detectors = load_run(args.run, args.device)
-            score_files(
-                args.run, detectors, config, results, args.score, args.skip_bad, args.batch_size
-            )
-        else:
-            with held(args.run):
-                evaluate_run(args.run, args.data, paper_protocol=args.paper_protocol, **shared)
-            show(read_text(args.run / "results.md"))
+        _carry_out(args)
     except (ValueError, OSError) as error:
         return complain("eval.py", error)
+    except (MemoryError, RuntimeError) as error:
+        return complain("eval.py", lack(error))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command begins again", file=sys.stderr)
         return 130
     return 0
+
+
+def _carry_out(args: Any) -> None:
+    """Score, or evaluate and show the results."""
+    shared = {"skip_bad": args.skip_bad, "batch": args.batch_size}
+    if args.score:
+        run = load_run(args.run, args.device)
+        with signals():
+            score_files(args.run, *run, args.score, args.out, as_json=args.json, **shared)
+        return
+    shared |= {"device": args.device, "paper_protocol": args.paper_protocol}
+    with held(args.run):
+        to = evaluate_run(args.run, args.data, **shared)
+    show(read_text(to / "results.md"))
+    notify(f"results, scores and figures are in {to}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,32 @@ def cached(
         unreadable, crc = _write(rows, read, substitute, data, label=label, skip_bad=skip_bad)
         saved = {"unreadable": unreadable, "crc32": crc}
         write_file(marker, json.dumps(saved).encode())
-    return np.memmap(data, np.uint8, "r").reshape(-1, *shape), unreadable
+    return Rows(data, np.uint8, "r").reshape(-1, *shape), unreadable
+
+
+class Rows(np.memmap):
+    """A memory-map that looks, before it is read, whether its file still has all its bytes.
+
+    Reading where a file was cut off is a bus error, which ends the process without a word.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        self.check()
+        rows = super().__getitem__(index)
+        return rows if getattr(rows, "_mmap", None) else np.asarray(rows)  # a copy is an array
+
+    def check(self) -> None:
+        """raises: OSError if the file has become shorter."""
+        file = getattr(self, "_mmap", None)  # None: a copy in memory
+        try:
+            cut = file is not None and file.size() < len(file)
+        except (OSError, ValueError):  # the system does not say
+            return
+        if cut:
+            raise OSError(
+                f"{self.filename}: was cut short while the run was reading it; begin the run "
+                "again with --resume, which decodes the images again"
+            )
 
 
 def _complete(data: Path, marker: Path, rows: int, size: int, missing: int) -> dict | None:
@@ -132,17 +157,20 @@ def _write(
             file.flush()
             os.fsync(file.fileno())
         if unreadable and (not skip_bad or len(unreadable) == len(rows)):
-            hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
-            reasons = "; ".join(list(unreadable.values())[:SHOWN])
-            if len(unreadable) > SHOWN:
-                reasons += f"; and {len(unreadable) - SHOWN} more"
-            raise ValueError(
-                f"{len(unreadable)} of {len(rows)} files cannot be used: {reasons}{hint}"
-            )
+            raise ValueError(complaint(list(unreadable.values()), len(rows), skip_bad))
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
     return unreadable, crc
+
+
+def complaint(reasons: Sequence[str], total: int, skip_bad: bool) -> str:
+    """What to say of files that cannot be used.   reasons: one for each, of `total` files."""
+    hint = "" if skip_bad else ". Repair or remove them, or go on without them: --skip-bad"
+    text = "; ".join(reasons[:SHOWN])
+    if len(reasons) > SHOWN:
+        text += f"; and {len(reasons) - SHOWN} more"
+    return f"{len(reasons)} of {total} files cannot be used: {text}{hint}"
 
 
 def _read_all(

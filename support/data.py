@@ -7,9 +7,10 @@ N images, S pixels a side. Images are uint8 (3, S, S) RGB, masks uint8 or bool (
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,11 @@ MIN_SIDE = 8  # pixels of a file's shorter side: below that it is an icon, not a
 # --- single images -------------------------------------------------------------------------------
 
 
-def _load(path: Path) -> Image.Image:
-    """The first frame, decoded to its last byte and turned upright as EXIF says."""
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file becomes a ValueError that names it."""
     try:
-        with open_regular(path) as file:
-            image: Any = Image.open(file)
-            image.load()  # a truncated file raises here
-            upright: Image.Image = ImageOps.exif_transpose(image)
+        yield
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -48,9 +47,31 @@ def _load(path: Path) -> Image.Image:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # pillow's readers raise SyntaxError, struct.error, EOFError, …
         raise ValueError(f"{path}: {error}") from error
-    if min(upright.size) < MIN_SIDE:
-        w, h = upright.size
+
+
+def _check_side(path: Path, size: tuple[int, int]) -> None:
+    if min(size) < MIN_SIDE:
+        w, h = size
         raise ValueError(f"{path}: {w} x {h} pixels; the shorter side must have {MIN_SIDE}")
+
+
+def check_header(path: Path) -> None:
+    """raises: ValueError, naming the file, if its beginning is that of no image, or of a tiny one.
+
+    What a truncated file lacks shows only when it is decoded.
+    """
+    with _named_errors(path), open_regular(path) as file, Image.open(file) as image:
+        size = image.size
+    _check_side(path, size)
+
+
+def _load(path: Path) -> Image.Image:
+    """The first frame, decoded to its last byte and turned upright as EXIF says."""
+    with _named_errors(path), open_regular(path) as file:
+        image: Any = Image.open(file)
+        image.load()  # a truncated file raises here
+        upright: Image.Image = ImageOps.exif_transpose(image)
+    _check_side(path, upright.size)
     return upright
 
 
@@ -133,13 +154,21 @@ def read_image(path: str | Path, size: int, window: Window | None = None) -> np.
     raises:  ValueError, naming the file, if it is no image, is truncated, is under 8 pixels, or
              holds negative, infinite or NaN values and there is no window.
     """
+    return read_both(path, size, window)[0]
+
+
+def read_both(
+    path: str | Path, size: int, window: Window | None = None
+) -> tuple[np.ndarray, Image.Image]:
+    """What `read_image` returns, and the image at its own size, 8 bits of RGB."""
     check_size(size)
     loaded = _load(Path(path))
     try:
-        image = _rgb(loaded, window=window).resize((size, size), Image.Resampling.BILINEAR)
+        original = _rgb(loaded, window=window)
+        image = original.resize((size, size), Image.Resampling.BILINEAR)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), original
 
 
 def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -> np.ndarray:
@@ -177,17 +206,19 @@ def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -
 LEFT_OUT_SHOWN = 20  # lines on the screen
 
 
-def _tell(unreadable: dict[int, str], left_out: list[str] | None) -> None:
-    """Say what --skip-bad leaves out, and hand it on."""
-    reasons = list(unreadable.values())
+def tell(reasons: Sequence[str], where: str) -> None:
+    """Say what --skip-bad leaves out.   where: all of it can be read."""
     for reason in reasons[:LEFT_OUT_SHOWN]:
         notify(f"left out: {' '.join(reason.split())[:300]}")
     if len(reasons) > LEFT_OUT_SHOWN:
-        notify(
-            f"and {len(reasons) - LEFT_OUT_SHOWN} more; the results.md of a run names all of them"
-        )
+        notify(f"and {len(reasons) - LEFT_OUT_SHOWN} more; {where}")
+
+
+def _tell(unreadable: dict[int, str], left_out: list[str] | None) -> None:
+    """The same, handed on."""
+    tell(list(unreadable.values()), "the results.md of a run names all of them")
     if left_out is not None:
-        left_out += reasons
+        left_out += unreadable.values()
 
 
 # --- data sets -----------------------------------------------------------------------------------

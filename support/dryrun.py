@@ -13,7 +13,7 @@ import torch
 from encoder import ResNet18
 from igd import IGD
 from pmsacl import Pretraining
-from support import checks, layouts
+from support import checks, healthy, layouts
 from support.depth import parse_window
 from support.phantom import draw
 from support.progress import LONG, duration, notify, show, size_of
@@ -42,8 +42,10 @@ def dry_run(config: Any, folder: Path) -> None:
             lines.append(f"  test {kind}: {len(of_kind)} images, {label}")
     counts = f"{normal} normal and {abnormal} abnormal test images, {masks} masks"
     lines.append(f"{train} healthy training images, {counts}")
+    fit, kept = healthy.split(range(train), config.healthy_share)
+    lines[-1] += f"; {len(kept)} of the healthy ones are kept out of the training"
     total = 0.0
-    for training in _trainings(config, train):
+    for training in _trainings(config, len(fit)):
         per_step = _seconds(training)
         total += per_step * training.total
         lines.append(

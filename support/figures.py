@@ -5,6 +5,7 @@ N images, S pixels a side. Images are (3, S, S) or (S, S, 3) uint8 or PIL's, hea
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import textwrap
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from support.layouts import EXTENSIONS, Sample, walk
+from support.layouts import Sample
 from support.run import printable, write_file
 
 Array = NDArray[Any]
@@ -111,8 +112,10 @@ def overlay(image: Array, heat: Array, scale: tuple[float, float], side: int) ->
     return Image.blend(picture(image, side).convert("L").convert("RGB"), colours, 0.6)
 
 
-def outlined(image: Array, mask: Array, colour: tuple[int, int, int], side: int) -> Image.Image:
-    """The image with a region tinted and outlined."""
+def outlined(
+    image: Array, mask: Array, colour: tuple[int, int, int], side: int, *, dashed: bool = False
+) -> Image.Image:
+    """The image with a region tinted and outlined; only outlined, with dashes, if `dashed`."""
     area = Image.fromarray(np.asarray(mask, bool)).convert("L").resize((side, side))
     m = np.pad(np.asarray(area) > 0, 2)
     inner = m.copy()
@@ -120,8 +123,13 @@ def outlined(image: Array, mask: Array, colour: tuple[int, int, int], side: int)
         inner &= np.roll(m, (dy, dx), (0, 1))
     pixels = np.asarray(picture(image, side)).copy()
     m, inner = m[2:-2, 2:-2], inner[2:-2, 2:-2]
-    pixels[inner] = pixels[inner] * 0.75 + np.array(colour) * 0.25
-    pixels[m & ~inner] = colour
+    edge = m & ~inner
+    if dashed:
+        y, x = np.indices(edge.shape)
+        pixels[edge & ((x + y) // 5 % 2 == 0)] = colour
+    else:
+        pixels[inner] = pixels[inner] * 0.75 + np.array(colour) * 0.25
+        pixels[edge] = colour
     return Image.fromarray(pixels)
 
 
@@ -170,10 +178,8 @@ def localisation_figure(
         box, colour = (0, 0, side - 1, side - 1), GREEN if predicted == label else RED
         ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
         columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {verdicts[label, predicted]}")
-    cells = {
-        "image": framed,
-        "heat map": [overlay(images[i], maps[i], (low, high), side) for i in cases],
-    }
+    heat = [overlay(images[i], maps[i], (low, high), side) for i in cases]
+    cells = {"image": framed, "heat map": heat}
     note = (
         f"Abnormal at a score >= {row['threshold']:.4g}; green frame: judged correctly, red: "
         f"wrongly. Heat maps share one scale: dark {low:.4g} (median pixel of normal images) to "
@@ -181,37 +187,54 @@ def localisation_figure(
     )
     if masks is not None and "pixel_threshold" in row:
         t = row["pixel_threshold"]
-        cells["prediction"] = [outlined(images[i], maps[i] >= t, YELLOW, side) for i in cases]
+        normal = scores < row["threshold"]
+        parts = ((i, maps[i] >= t, bool(normal[i])) for i in cases)
+        cells["prediction"] = [outlined(images[i], m, YELLOW, side, dashed=n) for i, m, n in parts]
         cells["ground truth"] = [outlined(images[i], masks[i], CYAN, side) for i in cases]
-        note += f" Prediction: pixels >= {t:.4g}."
+        note += f" Prediction: pixels >= {t:.4g}; dashed where the image is judged normal."
     return image_grid(
         list(cells.values()), rows=list(cells), columns=columns, title=title, note=note,
         side=side, text=text,
     )  # fmt: skip
 
 
-# --- Heat maps of new images ---------------------------------------------------------------------
+BAR = 14  # pixels that the colour bar of an overlay is wide
 
 
-def heatmap_figure(
-    image: Array,
-    maps: Mapping[str, Array],
-    scales: Mapping[str, tuple[float, float]],
-    captions: Sequence[str],
-    *,
-    title: str,
-    side: int = 256,
-) -> Image.Image:
-    """An image, then its heat map of each detector.
+def overlay_with_bar(grey: Image.Image, heat: Array, scale: tuple[float, float]) -> Image.Image:
+    """The heat map's colours over an image at its own size, and right of it their scale.
 
-    maps, scales: by the detector's name.
-    captions:     one for each heat map.
+    grey: mode L.   heat: (S, S).   scale: the values of the darkest and of the brightest colour.
     """
-    cells: list[Array | Image.Image] = [image]
-    cells += [overlay(image, heat, scales[name], side) for name, heat in maps.items()]
-    ends = [f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in scales.items()]
-    note = f"Scale from dark to bright: {', '.join(ends)}"
-    return image_grid([cells], columns=["image", *captions], title=title, note=note, side=side)
+    x = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)
+    small = Image.fromarray(np.round(255 * x).astype(np.uint8))
+    colours = small.resize(grey.size, Image.Resampling.BILINEAR)
+    colours.putpalette(_PALETTE)
+    blended = Image.blend(grey.convert("RGB"), colours.convert("RGB"), 0.6)
+    bar = _bar_of_colours(grey.height, *scale)
+    sheet = Image.new("RGB", (grey.width + bar.width, grey.height), "white")
+    sheet.paste(blended, (0, 0))
+    sheet.paste(bar, (grey.width, 0))
+    return sheet
+
+
+_PALETTE = heat_colours(np.arange(256) / 255).tobytes()
+
+
+@functools.lru_cache(maxsize=64)  # images of a set have few heights
+def _bar_of_colours(height: int, low: float, high: float) -> Image.Image:
+    """The scale, bright above, with its ends and, where there is room, its middle in numbers."""
+    values = [f"{high:.3g}", f"{(low + high) / 2:.3g}", f"{low:.3g}"]
+    font = ImageFont.load_default(max(9, min(14, height // 5)))
+    width = 6 + BAR + 4 + int(max(font.getlength(value) for value in values)) + 4
+    bar = Image.new("RGB", (width, height), "white")
+    colours = heat_colours(np.linspace(1, 0, height))[:, None].repeat(BAR, axis=1)
+    bar.paste(Image.fromarray(colours), (6, 0))
+    draw, x = ImageDraw.Draw(bar), 6 + BAR + 4
+    for value, y, anchor in zip(values, (0, height / 2, height), ("lt", "lm", "lb"), strict=True):
+        if anchor != "lm" or height >= 48:
+            draw.text((x, y), value, "black", font, anchor=anchor)
+    return bar
 
 
 def png(image: Image.Image, source: str = "") -> bytes:
@@ -227,50 +250,6 @@ def write_all(folder: Path, drawn: Mapping[str, Image.Image]) -> None:
     """figures/NAME.png of a run's folder, for each."""
     for name, figure in drawn.items():
         write_file(folder / "figures" / f"{name}.png", png(figure))
-
-
-def source_of(path: Path) -> str:
-    """The name of the image that a heat map of ours shows; empty for any other file."""
-    if not path.name.endswith(".heatmap.png"):
-        return ""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Source", "") if image.info.get("Software") == "pmsacl" else ""
-    except OSError:
-        return ""
-
-
-def heatmap_files(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Where the heat map of each image goes: NAME.heatmap.png beside it.
-
-    NAME is the image's without its ending, or with it where two images differ in nothing else.
-    paths:   images, or folders of them.
-    returns: image -> heat map; an image that is named twice is there once.
-    raises:  ValueError if there is no such image, or a heat map would replace a file not ours.
-    """
-    files = list(dict.fromkeys(file for path in paths for file in _image_files(path)))
-    stems = [file.with_suffix("") for file in files]
-    targets = {}
-    for file, stem in zip(files, stems, strict=True):
-        name = file.stem if stems.count(stem) == 1 else file.name
-        targets[file] = target = file.with_name(f"{name}.heatmap.png")
-        if target.exists() and source_of(target) != printable(file.name):
-            raise ValueError(f"{target}: exists and is no heat map of {file.name}; move it away")
-    return targets
-
-
-def _image_files(path: Path) -> list[Path]:
-    """The file itself, or the images in a folder, except heat maps of ours."""
-    if not path.is_dir():
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file or folder")
-        return [path]
-    files = sorted(parent / name for parent, _, names in walk(path) for name in names)
-    files = [file for file in files if not file.name.startswith(".")]
-    images = [f for f in files if f.suffix.lower() in EXTENSIONS and not source_of(f)]
-    if not images:
-        raise ValueError(f"{path}: no images in this folder")
-    return images
 
 
 # --- Charts, as Fig. 6 and 7 ---------------------------------------------------------------------

@@ -26,19 +26,17 @@ import torch.distributed as dist
 from baselines.lesion_classifier import LesionClassifier
 from baselines.pretraining import UNTRAINED
 from detectors import PaDiM
-from encoder import Encoder, ResNet18, seeded, to_unit
+from encoder import Encoder, ResNet18, seeded
 from eval import evaluate
 from igd import IGD
 from pmsacl import pretrain
-from support import checks, data, layouts, phantom
+from support import checks, data, healthy, layouts, phantom
 from support.claim import claimed
 from support.compared import chosen, fit
 from support.depth import window_of_set
 from support.dryrun import dry_run, tell_how_long
 from support.features import draw_features
-from support.figures import image_grid, png, write_all
 from support.options import Config, parse, resolve
-from support.paper_figures import views_figure
 from support.progress import complain, notify, progress, show
 from support.readers import read_config
 from support.report import write_report
@@ -55,6 +53,7 @@ from support.run import (
     wait_for_all,
     write_file,
 )
+from support.run_figures import draw_reconstructions, draw_views
 from support.tables import write_results
 from support.together import assist, batch_of_all, offered
 from support.training import train
@@ -70,6 +69,7 @@ class Images:
     test: np.ndarray | None  # (M, 3, S, S) uint8, one for each of dataset.test
     masks: np.ndarray | None  # (M, S, S)
     known: np.ndarray | None  # (M,) bool
+    healthy: np.ndarray  # (H, 3, S, S) uint8, of healthy images that train nothing   [P!§3.3 R29]
     notes: tuple[str, ...] = ()  # on the data, for results.md
 
 
@@ -91,8 +91,10 @@ def prepare(config: Config, folder: Path) -> Images:
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
     how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": left_out}
-    train_images, kept = data.decode(dataset.train, size, cache, **how)
-    dataset = dataclasses.replace(dataset, train=tuple(dataset.train[i] for i in kept))
+    fit, kept_out = healthy.split(dataset.train, config.healthy_share)
+    decoded, kept = data.decode([*fit, *kept_out], size, cache, **how)
+    count = int((kept < len(fit)).sum())  # of those that train: the first ones
+    dataset = dataclasses.replace(dataset, train=tuple(fit[i] for i in kept[:count]))
     test = masks = known = None
     if dataset.test:
         dataset, test, masks, known = data.decode_test(dataset, size, cache, **how)
@@ -103,7 +105,7 @@ def prepare(config: Config, folder: Path) -> Images:
         content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
         content |= {"values_shown": window}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
-    return Images(dataset, train_images, test, masks, known, tuple(notes))
+    return Images(dataset, decoded[:count], test, masks, known, decoded[count:], tuple(notes))
 
 
 def versions() -> dict[str, str]:
@@ -138,16 +140,14 @@ def main_job(config: Config, folder: Path) -> None:
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return fit_together(encoder, patches, images, config, folder)  # the first does the rest
-    draw_views(images, config, folder)
+    draw_views(images.train, config, images.dataset.root.name, folder)
     draw_features(encoder, images.train, images.test, images.dataset, config, folder)
-    extra = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
+    extra: dict[str, Any] = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
     extra["data_notes"] = list(images.notes)
     detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     if images.test is None:
-        write_results(folder, extra)
-        write_report(folder, images.dataset, extra)
-        notify(f"no test images: score some with  python eval.py {folder} --score FILES")
+        end_without_test(detectors, images, extra, folder)
         return
     baselines = trivial_scores(images.train, images.test, images.dataset.test)
     evaluate(
@@ -157,6 +157,18 @@ def main_job(config: Config, folder: Path) -> None:
     )  # fmt: skip
     show(read_text(folder / "results.md"))
     notify(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
+
+
+def end_without_test(
+    detectors: dict[str, Any], images: Images, results: dict[str, Any], folder: Path
+) -> None:
+    """Write what there is to say without test images, and how to go on."""
+    results["healthy"] = healthy.summary(detectors)
+    write_results(folder, results)
+    write_report(folder, images.dataset, results)
+    for name, row in results["healthy"].items():
+        notify(healthy.described(name, row))
+    notify(f"no test images: score some with  python eval.py {folder} --score FILES")
 
 
 def pretrained(
@@ -218,14 +230,16 @@ def fit_detectors(
         else:
             detector = fit(name, encoder.backbone, images.train, dataclasses.asdict(config), folder)
         if hasattr(detector, "reconstruct"):
-            draw_reconstructions(name, detector, images, folder)
-        save_detector(detector, folder / (f"detector_{name}.pt" if detectors else "detector.pt"))
+            labels = None if images.test is None else [s.label for s in images.dataset.test]
+            shown = images.train if images.test is None else images.test
+            draw_reconstructions(name, detector, shown, labels, folder)
+        file = folder / (f"detector_{name}.pt" if detectors else "detector.pt")
+        detectors[name] = with_healthy(detector, images, name, file)
         seconds[name] = time.monotonic() - began
-        detectors[name] = detector
     trained = config.method not in UNTRAINED and not config.encoder
     if trained and config.classes > 1 and "aug" in config.names_of_terms(local=False):
-        detectors["f_beta"] = LesionClassifier(encoder)
-        save_detector(detectors["f_beta"], folder / "detector_f_beta.pt")
+        file = folder / "detector_f_beta.pt"
+        detectors["f_beta"] = with_healthy(LesionClassifier(encoder), images, "f_beta", file)
     detectors["untrained"] = fit_padim(untrained(config), images.train, config)
     return detectors
 
@@ -272,10 +286,19 @@ def fit_padim(backbone: ResNet18, images: np.ndarray, config: Config) -> PaDiM:
     return PaDiM(backbone, seed=config.seed).fit(images, track=track, group=dist.group.WORLD)
 
 
-def save_detector(detector: Any, path: Path) -> None:
-    content = io.BytesIO()  # as in save_atomically
+def with_healthy(detector: Any, images: Images, name: str, file: Path) -> Any:
+    """The detector, saved, with what it gives for healthy images that trained nothing."""
+    detector.healthy = healthy.measure(detector, images.healthy, name)
+    content = io.BytesIO()
     detector.save(content)
-    write_file(path, content.getbuffer())
+    if detector.healthy is not None:
+        content.seek(0)
+        state = torch.load(content, weights_only=True)
+        state["healthy"] = healthy.to_state(detector.healthy)
+        content = io.BytesIO()
+        torch.save(state, content)
+    write_file(file, content.getbuffer())
+    return detector
 
 
 def fit_igd(
@@ -314,6 +337,7 @@ def plan(config: Config, images: Images, folder: Path) -> str:
     masks = sum(sample.mask is not None for sample in dataset.test)
     return (
         f"{dataset.root}: {dataset.layout}; {len(dataset.train)} healthy training images, "
+        f"{len(images.healthy)} healthy ones kept out (--healthy-share), "
         f"{len(dataset.test) - abnormal} normal and {abnormal} abnormal test images, "
         f"{masks} masks\n"
         f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
@@ -333,30 +357,6 @@ def warn_of_near_duplicates(images: Images) -> None:
         f"warning: {len(pairs)} test images are nearly the same as a training image, such as "
         f"{dataset.test[test].path} and {dataset.train[train]}: the results may be too good"
     )
-
-
-def draw_views(images: Images, config: Config, folder: Path) -> None:
-    """figures/medmix.png, or the name of --strong: images under A_0 .. A_n.   [P:Fig.2]"""
-    figure = views_figure(images.train, config, f"{images.dataset.root.name}, {config.method}")
-    write_all(folder, {config.strong: figure})
-
-
-def draw_reconstructions(name: str, detector: Any, images: Images, folder: Path) -> None:
-    """figures/reconstruction_NAME.png: image, reconstruction and their difference."""
-    shown = images.train[:6]
-    if images.test is not None:  # three healthy images, three with lesions
-        labels = np.array([sample.label for sample in images.dataset.test])
-        chosen = np.r_[np.flatnonzero(labels == 0)[:3], np.flatnonzero(labels)[:3]]
-        shown = images.test[np.sort(chosen)]
-    x = to_unit(shown, detector.device)
-    with torch.no_grad():
-        x_tilde = detector.reconstruct(x)
-    cells = [
-        [(row * 255).byte().cpu().numpy() for row in rows]
-        for rows in (x, x_tilde, (x - x_tilde).abs())
-    ]
-    grid = image_grid(cells, rows=("image", "reconstruction", "difference"), title=name)
-    write_file(folder / "figures" / f"reconstruction_{name}.png", png(grid))
 
 
 # --- the command -------------------------------------------------------------------------------

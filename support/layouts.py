@@ -87,7 +87,7 @@ class Dataset:
             )
 
 
-def discover(root: str | Path, *, seed: int = 0) -> Dataset:
+def discover(root: str | Path, *, seed: int = 0, training: bool = True) -> Dataset:
     """Recognise the layout of a folder and list its training and test images, sorted by path.
 
     MVTec, BMAD, the Hyper-Kvasir archive, train|test/{normal,abnormal}, MedIAnomaly's data.json,
@@ -96,6 +96,7 @@ def discover(root: str | Path, *, seed: int = 0) -> Dataset:
     only where test/ is missing.
 
     root:    folder; no image is opened here.
+    training: training images are needed; else ROOT may hold test/ alone, or the folders of test/.
     seed:    of the draw of 1,600 / 500 / 1,000 images from HyperKvasir; unused elsewhere.
     returns: Dataset; its test images may be missing or of one class (see Dataset.check_test).
     raises:  ValueError if no layout fits, no training image is found, or a mask has no image.
@@ -103,7 +104,8 @@ def discover(root: str | Path, *, seed: int = 0) -> Dataset:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of images")
-    for read in (_medianomaly, _splits, _hyperkvasir, _flat):
+    readers = [_medianomaly, _splits, _hyperkvasir, _flat]
+    for read in readers if training else [*readers, _test_alone]:
         dataset = read(root, seed)
         if dataset is not None:
             break
@@ -111,7 +113,7 @@ def discover(root: str | Path, *, seed: int = 0) -> Dataset:
         inside = ", ".join(f"{name}/" for name in sorted(_folders(root))[:8]) or "no images"
         found = f"{root}: found {inside} but no data set. {how_to_convert(root)}"
         raise ValueError(f"{found}Looked for {LOOKED_FOR}")
-    if not dataset.train:
+    if training and not dataset.train:
         raise ValueError(
             f"{root}: recognised as {dataset.layout}, but it has no training images. "
             f"{how_to_convert(root)}In train/, {NORMAL_NAMES}"
@@ -285,19 +287,37 @@ def _splits(root: Path, _seed: int) -> Dataset | None:
     healthy = [p for f in normal for p in _images(f, deep=True)] if normal else _images(train)
     if test is None:
         return Dataset("train folder", root, tuple(healthy), ())
+    layout, samples = _test_split(root, test)
+    if train.name.lower() == "train_set":
+        layout = "Hyper-Kvasir archive"
+    return Dataset(layout, root, tuple(healthy), samples)
+
+
+def _test_split(root: Path, test: Path) -> tuple[str, tuple[Sample, ...]]:
+    """The test images, a folder for each kind, and the layout's name."""
     inside = {f.name: f for name, f in _folders(test).items() if name not in MASKS}
     if not inside and _images(test):
         raise ValueError(f"{test}: its images lie in no good/ or <defect>/ folder, so no label")
     kinds = {name: _images(f, deep=True) for name, f in inside.items()}
-    if train.name.lower() == "train_set":
-        layout = "Hyper-Kvasir archive"
-    elif any(k.lower() == "ungood" or "img" in _folders(f) for k, f in inside.items()):
+    if any(k.lower() == "ungood" or "img" in _folders(f) for k, f in inside.items()):
         layout = "BMAD"
     elif {k.lower() for k in kinds} <= {"normal", "abnormal"}:
         layout = "train|test/{normal,abnormal}"
     else:
         layout = "MVTec"
-    return Dataset(layout, root, tuple(healthy), _samples(root, test, kinds))
+    return layout, _samples(root, test, kinds)
+
+
+def _test_alone(root: Path, _seed: int) -> Dataset | None:
+    """ROOT/test, or ROOT itself, with a folder for each kind, and no training images."""
+    folders = _folders(root)
+    test = (
+        folders.get("test") or folders.get("test_set") or (root if NORMAL & set(folders) else None)
+    )
+    if test is None:
+        return None
+    layout, samples = _test_split(root, test)
+    return Dataset(f"{layout}, test images only", root, (), samples)
 
 
 def _medianomaly(root: Path, _seed: int) -> Dataset | None:

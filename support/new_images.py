@@ -14,57 +14,61 @@ from numpy.typing import NDArray
 from support import charts
 from support.cards import CARDS, Card, Gallery, cards_html, pictures_of
 from support.page import Section, glossary, page, recounted, slider, table
-from support.progress import notify
-from support.run import write_file
+from support.run import printable, write_file
 
 Array = NDArray[Any]
+
+REPORT = "report_scored.html"
 
 
 class NewImages:
     """Every score, and the pictures of the highest and of the lowest scores of each detector."""
 
-    def __init__(
-        self, results: Mapping[str, Any], scales: Mapping[str, tuple[float, float]]
-    ) -> None:
-        """results: of the run.   scales: of the heat maps, by the name of the detector."""
-        self.results, self.scales = results, scales
+    def __init__(self, judges: Mapping[str, Any]) -> None:
+        """judges: by the name of the detector, as in score_files.py; their scales may be set later.
+
+        A detector without heat maps has no section.
+        """
+        self.judges = judges
         self.count = 0
-        self.scores: dict[str, list[float]] = {name: [] for name in scales}
+        self.scores: dict[str, list[float]] = {}
         # Of each detector a heap of its highest scores and one of its lowest; the number of the
         # image comes before the card, so that cards are never compared.
-        self.ends: dict[str, tuple[list, list]] = {name: ([], []) for name in scales}
-        self.most = max(2, CARDS // (2 * max(1, len(scales))))  # cards in a heap
+        self.ends: dict[str, tuple[list, list]] = {}
+        self.most = max(2, CARDS // (2 * max(1, len(judges))))  # cards in a heap
 
     def add(
-        self, file: Path, image: Array, scored: Mapping[str, tuple[Any, float]]
-    ) -> dict[str, list[str]]:
+        self,
+        file: Path,
+        image: Array,
+        scored: Mapping[str, tuple[float, Any]],
+        words: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         """One image more.
 
-        image:   (3, S, S) uint8.   scored: heat map (S, S) and score, by the name of the detector.
-        returns: the verdict of each detector, in a list that is empty if it has no threshold.
+        image:  (3, S, S) uint8.   scored: score and heat map (S, S) or None, by detector.
+        words:  of each detector, with the score's percentile.
         """
-        k, shown = self.count, str(file)
+        k, shown = self.count, printable(str(file))
         self.count += 1
-        for name, (heat, score) in scored.items():
-            if name not in self.scales:
-                continue  # no heat maps
-            self.scores[name].append(score)
+        for name, (score, heat) in scored.items():
+            if heat is None:
+                continue
+            self.scores.setdefault(name, []).append(score)
+            ends = self.ends.setdefault(name, ([], []))
             if not any(
                 len(heap) < self.most or sign * score > heap[0][0]
-                for sign, heap in zip((1, -1), self.ends[name], strict=True)
+                for sign, heap in zip((1, -1), ends, strict=True)
             ):
                 continue
-            pictures = pictures_of(image, heat, self.scales[name], shown, score)
-            card = Card(shown, score, None, "", "", pictures)
-            for sign, heap in zip((1, -1), self.ends[name], strict=True):
+            pictures = pictures_of(image, heat, self.judges[name].scale, shown, score)
+            percentile = words[name]["percentile"]
+            facts = "" if percentile is None else f"above {percentile:.1f}% of healthy images"
+            card = Card(shown, score, None, "", facts, pictures)
+            for sign, heap in zip((1, -1), ends, strict=True):
                 heapq.heappush(heap, (sign * score, k, card))
                 if len(heap) > self.most:
                     heapq.heappop(heap)
-        thresholds = {name: self.results.get(name, {}).get("threshold") for name in scored}
-        return {
-            name: [] if t is None else ["abnormal" if scored[name][1] >= t else "normal"]
-            for name, t in thresholds.items()
-        }
 
     def cards(self, name: str) -> list[Card]:
         """From the highest score to the lowest, each image once."""
@@ -74,32 +78,35 @@ class NewImages:
 
 
 def write_score_report(folder: Path, new: NewImages) -> None:
-    """Write report_scored.html into the run's folder and say so."""
-    facts = [("Run", escape(str(folder.resolve()))), ("New images", str(new.count))]
+    """Write report_scored.html into the folder of a scoring."""
+    facts = [("Folder", escape(str(folder.resolve()))), ("New images", str(new.count))]
     sections, data = [Section("What was scored", table("The images", (), facts))], {}
     for name, values in new.scores.items():
-        row, s = new.results.get(name, {}), np.array(values)
-        threshold = row.get("threshold")
-        data[name] = recounted(s, None, threshold)
-        sections.append(_detector(name, s, threshold, new))
-    path = folder / "report_scored.html"
+        s = np.array(values)
+        data[name] = recounted(s, None, new.judges[name].threshold)
+        sections.append(_detector(name, s, new))
     title = f"{folder.resolve().name}: {new.count} new images"
-    write_file(path, page(title, [*sections, glossary()], data))
-    notify(f"scores and heat maps on one page: {path}")
+    write_file(folder / REPORT, page(title, [*sections, glossary()], data))
 
 
-def _detector(name: str, s: Array, threshold: float | None, new: NewImages) -> Section:
+def _detector(name: str, s: Array, new: NewImages) -> Section:
     """Histogram, threshold and images of a detector.   s: (N,) scores."""
+    judge = new.judges[name]
+    threshold, healthy = judge.threshold, judge.healthy
     text = f"{name}: scores from {charts.number(s.min())} to {charts.number(s.max())}, median "
     text += charts.number(float(np.median(s)))
-    content = f'<div class="charts">{charts.histogram({"new images": s}, threshold, text)}</div>'
+    groups = {} if healthy is None else {f"healthy ({len(healthy.scores)})": healthy.scores}
+    groups[f"new images ({len(s)})"] = s
+    content = f'<div class="charts">{charts.histogram(groups, threshold, text)}</div>'
     if threshold is None:
         content += (
-            "<p>The run had no test images, so there is no threshold: these scores can be compared "
-            "with one another only.</p>"
+            "<p>The run has neither test images nor healthy ones that were kept out of its "
+            "training, so there is no threshold: these scores can be compared with one another "
+            "only.</p>"
         )
     else:
         high = int((s >= threshold).sum())
+        content += f"<p>{_origin(judge)}</p>" if healthy is not None else ""
         content += (
             f"{slider(name, threshold, s)}"
             f'<p class="recount" role="status">At a threshold of {threshold:.9g}: {high} of '
@@ -109,5 +116,19 @@ def _detector(name: str, s: Array, threshold: float | None, new: NewImages) -> S
     words = "All images, the most abnormal first."
     if len(cards) < len(s):
         words = f"The {new.most} highest and the {new.most} lowest scores of {len(s)}."
-    content += cards_html(Gallery(cards, new.scales[name]), threshold, words)
+    content += cards_html(Gallery(cards, judge.scale), threshold, words)
     return Section(f"Detector: {name}", content, detector=name)
+
+
+def _origin(judge: Any) -> str:
+    """Where the threshold comes from, beside what the healthy images say."""
+    healthy, threshold = judge.healthy, judge.threshold
+    if threshold == healthy.threshold:
+        return (
+            f"The threshold is the 95% point of the scores of {len(healthy.scores)} healthy images "
+            "that trained nothing: about one healthy image in twenty lies above it."
+        )
+    return (
+        f"The threshold was set by the run's test images; {healthy.percentile(threshold):.0f}% of "
+        f"{len(healthy.scores)} healthy images that trained nothing lie below it."
+    )

@@ -123,6 +123,10 @@ class Config:
     momentum: float = _option(0.9, "of SGD", least=0, most=0.9999)  # [P!§4.2 R15]
     weight_decay: float = _option(3e-4, "of SGD", least=0, most=1)  # [P!§4.2 R15]
     # detectors
+    healthy_share: float = _option(  # [P!§3.3 R29]
+        0.1, "of the healthy images, 10 or more, train nothing: they give scores a percentile",
+        least=0, most=0.5,
+    )  # fmt: skip
     detector: str = _option("padim", f"what scores the images: both, or some of {', '.join(NAMES)}")
     detector_epochs: int = _option(
         0, "of each training of a compared detector; 0: its own", least=0, most=10**6
@@ -175,7 +179,7 @@ GROUPS = {  # titles of --help -> the first option of each group
     "pre-training: the loss": "method",
     "pre-training: the views": "strong",
     "pre-training: the optimiser": "encoder",
-    "detectors": "detector",
+    "detectors": "healthy_share",
     "the machine": "seed",
 }
 
@@ -332,6 +336,8 @@ def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     begun = folder.is_dir() and {file.name for file in folder.iterdir()} - NOT_BEGUN
     if resume and options.get("out", resume) != resume:
         raise ValueError(f"--resume {resume} goes on in that folder: leave out --out")
+    if saved:
+        saved.setdefault("healthy_share", 0.0)  # of an older version: everything trained
     if resume is not None and saved:
         options = _continued(options, saved, folder)
     elif resume and (begun or not options.get("data")):

@@ -27,7 +27,9 @@ GLOSSARY = {
     "Score": "a number for each image; higher is more abnormal. Those of two detectors cannot be "
     "compared.",
     "Threshold": "an image is judged abnormal at this score or above. A few test images of both "
-    "classes set it; they are not among those measured.",
+    "classes set it, which are not among those measured; without test images it is the 95% point "
+    "of healthy images that trained nothing.",
+    "Percentile": "how many of 100 healthy images that trained nothing have a lower score.",
     "Sensitivity, specificity": "the share of abnormal images that are found, and of normal images "
     "that are passed, at the threshold.",
     "AUROC": "the probability that an abnormal image scores higher than a normal one, at no "

@@ -88,6 +88,8 @@ def ours_alone() -> Iterator[None]:
 
 def show(text: str) -> None:
     """Print text on stdout; a closed pipe, as with `| head -1`, does not end a run."""
+    if text and sys.stderr.isatty() and sys.stdout.isatty():
+        _write("", "")  # clears the line of progress
     _print(text, "", sys.stdout)
 
 

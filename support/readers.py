@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from encoder import ResNet18
+from support.healthy import of_state
 from support.progress import notify
 from support.run import read_json
 from support.tables import measured
@@ -109,6 +110,17 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
+def folder_of_other(folder: Path, root: Path) -> Path:
+    """RUN/eval-NAME of another data set; with a number if one of the same name has it already."""
+    number, to = 1, folder / f"eval-{root.name}"
+    while True:
+        sources = {row.get("data", {}).get("root") for row in measured(read_results(to)).values()}
+        if not sources or sources == {str(root)}:
+            return to
+        number += 1
+        to = folder / f"eval-{root.name}-{number}"
+
+
 def tensors(state: Any) -> list[Tensor]:
     """The tensors of nested dictionaries and lists."""
     if isinstance(state, Tensor):
@@ -156,6 +168,10 @@ def build_detector(
         raise ValueError(
             f"{path}: a damaged detector, or of another version of this program ({reason[:160]})"
         ) from None
+    try:
+        detector.healthy = of_state(state.get("healthy"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fit the detector again") from None
     of_size = maps is None or (maps.shape == (1, size, size) and bool(maps.isfinite().all()))
     if not (of_size and scores.isfinite().all()):
         raise ValueError(f"{path}: a damaged detector: its scores are not finite")

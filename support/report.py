@@ -20,11 +20,12 @@ from PIL import Image
 from measures import auroc, confusion
 from support import charts
 from support.cards import Gallery, cards_html, img, jpeg, measured_images
+from support.healthy import described
 from support.layouts import Dataset
 from support.options import Config, make_config
 from support.page import SCORES, Section, glossary, page, recounted, slider, table
 from support.run import read_json, write_file
-from support.tables import measured
+from support.tables import displayed, measured
 
 Array = NDArray[Any]
 
@@ -80,6 +81,7 @@ def write_report(
     scores: Mapping[str, Array] | None = None,
     validation: Array | None = None,
     shown: Mapping[str, Gallery] | None = None,
+    to: Path | None = None,
 ) -> None:
     """Write report.html of a run into its folder, from what evaluating it has at hand.
 
@@ -87,6 +89,7 @@ def write_report(
     scores:     (N,) of the test images, by the name of the row; None for a run without any.
     validation: (N,) true for the images that set the thresholds.
     shown:      what `cards.gallery` returns, by the name of the row.
+    to:         the folder that the page goes into, if not the run's.
     """
     config, shown = read_json(folder / "config.json"), shown or {}
     labels = np.array([sample.label for sample in dataset.test], bool)
@@ -105,7 +108,7 @@ def write_report(
     sections.append(Section("Training", training + _views(folder, config)))
     sections += [_settings(config), glossary()]
     title = f"{folder.resolve().name}: report of a run"
-    write_file(folder / "report.html", page(title, sections, data))
+    write_file((to or folder) / "report.html", page(title, sections, data))
 
 
 def _what(
@@ -150,10 +153,10 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     """Every measure of every row, and what is to be said of them."""
     if not rows:
         text = (
-            "<p>This run had healthy images only, so nothing was measured. Scores of other images "
-            "can be compared with one another: <code>python eval.py RUN --score FOLDER</code>.</p>"
+            "<p>This run had healthy images only, so nothing was measured. Other images are scored "
+            "by <code>python eval.py RUN --score FOLDER</code>.</p>"
         )
-        return Section("Measures", text + _fakes(results))
+        return Section("Measures", text + _fakes(results) + _healthy(results))
     columns = {
         title: key for title, key in MEASURES.items() if any(key in r for r in rows.values())
     }
@@ -175,16 +178,22 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
                 f"<p>{escape(name)} has an AUROC {over['difference']:+.3f} from that of the "
                 f"untrained network, interval {low:+.3f} to {high:+.3f}.</p>"
             )
-    parts.append(_fakes(results))
+    parts += [_fakes(results), _healthy(results)]
     notes = dict.fromkeys(note for row in rows.values() for note in row.get("notes", []))
     parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" * bool(notes))
     return Section("Measures", "".join(parts))
 
 
+def _healthy(results: Mapping[str, Any]) -> str:
+    """What the healthy images that trained nothing say, a line for each detector."""
+    lines = [described(name, row) for name, row in results.get("healthy", {}).items()]
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" * bool(lines)
+
+
 def _title(name: str, row: Mapping[str, Any]) -> str:
     """The row's name and what it stands for."""
     what = NAMES.get(name, "") + (f" ({row['baseline']})" if "baseline" in row else "")
-    return escape(name) + f'<br><span class="note">{escape(what)}</span>' * bool(what)
+    return escape(displayed(name)) + f'<br><span class="note">{escape(what)}</span>' * bool(what)
 
 
 def _fakes(results: Mapping[str, Any]) -> str:

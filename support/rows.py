@@ -115,7 +115,8 @@ def rows_of(
     rows = []
     for row, text in options.items():
         usual = "igd" if row.endswith("IGD") else DETECTOR.get(name, "padim")
-        merged = {"detector": usual} | common | parse(shlex.split(text))[0]
+        merged: dict[str, Any] = {"detector": usual, "healthy_share": 0.0}  # all of D trains
+        merged |= common | parse(shlex.split(text))[0]
         try:
             configs = tuple(make_config(merged | {"seed": seed}) for seed in range(seeds))
         except ValueError as error:

@@ -137,6 +137,11 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def one_word(name: str) -> str:
+    """A file's name with escapes for tabs, new lines and whatever else is not printable."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def read_text(path: Path) -> str:
     """What `encoded` wrote."""
     return path.read_bytes().decode("utf-8", "surrogateescape")

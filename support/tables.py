@@ -6,16 +6,17 @@ A row of results.json is what eval.protocol returns for one detector.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from support.healthy import described
 from support.layouts import Dataset, Sample
 from support.run import encoded, write_file
 
@@ -64,6 +65,11 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     write_file(folder / "results.json", f"{content}\n".encode())
     if measured(results):
         write_file(folder / "results.md", encoded(results_table(results)))
+
+
+def displayed(name: str) -> str:
+    """A row's name as tables and figures show it: `untrained` stands beside other detectors."""
+    return {"untrained": "untrained padim"}.get(name, name)
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,13 +132,17 @@ def results_table(results: Mapping[str, Any]) -> str:
         if without := [name for name in rows if name not in segmented]:
             text.append(f"Without heat maps, so not in this table: {', '.join(without)}.\n")
     for name, row in rows.items():
-        text.append(f"- {name}: an image is abnormal at a score of {row['threshold']:.6g} or more.")
+        text.append(
+            f"- {displayed(name)}: an image is abnormal at a score of {row['threshold']:.6g} or "
+            "more."
+        )
         if name in segmented:
             best = row["best_possible"]
             text[-1] += (
                 f" A pixel: at {row['pixel_threshold']:.6g} or more; the best possible threshold, "
                 f"{best['threshold']:.6g}, gives IoU {best['iou']:.3f} and Dice {best['dice']:.3f}."
             )
+    text += [f"- {described(name, of)}" for name, of in results.get("healthy", {}).items()]
     text += [f"- {' '.join(note.split())}" for note in results.get("data_notes", ())]
     text += dict.fromkeys(f"- {note}" for row in rows.values() for note in row["notes"])
     return "\n".join(text) + "\n"
@@ -146,7 +156,7 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
         if "image_auroc_interval" not in row:
             continue  # of an older run
         low, high = row["image_auroc_interval"]
-        cells = [name, f"{row['image_auroc']:.3f}", f"{low:.3f} to {high:.3f}", "", ""]
+        cells = [displayed(name), f"{row['image_auroc']:.3f}", f"{low:.3f} to {high:.3f}", "", ""]
         if over := row.get("over_untrained"):
             low, high = over["interval"]
             cells[3] = f"{over['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
@@ -188,7 +198,8 @@ def _table(
     lines = [["", *columns, *added]]
     for name, row in rows.items():
         sd = ("" if row.get(f"{k}_sd") is None else f" ± {row[f'{k}_sd']:.3f}" for k in keys)
-        lines.append([name, *(f"{row[k]:.3f}{d}" for k, d in zip(keys, sd, strict=True))])
+        measures = (f"{row[k]:.3f}{d}" for k, d in zip(keys, sd, strict=True))
+        lines.append([displayed(name), *measures])
         if counterpart := counterparts.get(name):
             printed = [f"{value:.3f}" for value in theirs[counterpart]]
             lines.append([f"paper, Table {number}: {counterpart}", *printed, *("" for _ in added)])
@@ -202,22 +213,34 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in ruled)
 
 
+def quoted(text: str) -> str:
+    """A cell of a CSV file, whatever the text holds."""
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
+
+
 def write_scores(
     folder: Path,
     samples: Sequence[Sample],
     scores: Mapping[str, NDArray[Any]],
     rows: Mapping[str, Any],
     validation: NDArray[Any],
+    percentiles: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
 ) -> None:
-    """scores.csv: path, kind, label, split, then score and predicted label of each detector."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}_{what}" for name in scores for what in ("score", "predicted")]
-    writer.writerow(["path", "kind", "label", "split", *columns])
-    for i, sample in enumerate(samples):
-        split = "validation" if validation[i] else "test"
-        cells = [sample.path, sample.kind, sample.label, split]
-        for name, s in scores.items():
-            cells += [float(s[i]), int(s[i] >= rows[name]["threshold"])]
-        writer.writerow(cells)
-    write_file(folder / "scores.csv", encoded(text.getvalue()))
+    """scores.csv: path, kind, label, split, then score and predicted label of each detector.
+
+    percentiles: of the detectors that have one, scores (N,) -> percentiles (N,): a third column.
+    """
+    columns = ["path", "kind", "label", "split"]
+    cells: list[list[Any]] = [
+        [quoted(str(s.path)), quoted(s.kind), s.label, "validation" if validation[i] else "test"]
+        for i, s in enumerate(samples)
+    ]
+    for name, s in scores.items():
+        columns += [f"{name}_score", f"{name}_predicted"]
+        added = [s.tolist(), (s >= rows[name]["threshold"]).astype(int).tolist()]
+        if name in percentiles:
+            columns.append(f"{name}_percentile")
+            added.append(percentiles[name](s).round(2).tolist())
+        cells = [[*row, *more] for row, *more in zip(cells, *added, strict=True)]
+    text = "".join(",".join(map(str, row)) + "\n" for row in [columns, *cells])
+    write_file(folder / "scores.csv", encoded(text))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from encoder import ResNet18
+from support.cache import Rows
 from support.claim import deferred
 from support.progress import Meter, notify
 from support.readers import all_finite
@@ -100,8 +101,11 @@ def step(
 
     The one place where a step waits for a GPU, for the forward pass; the backward pass goes on.
 
-    raises: FloatingPointError when a term was not finite; then the weights are not finite either.
+    raises: FloatingPointError when a term was not finite; then the weights are not finite either;
+            OSError if the file of the images was cut short.
     """
+    if isinstance(data := getattr(training, "data", None), Rows):
+        data.check()  # here, too: IGD takes its patches past it
     terms = losses()
     read = _reading(torch.stack([term.detach() for term in terms.values()]))
     training.update(terms)

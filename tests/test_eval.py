@@ -22,7 +22,7 @@ import measures
 from detectors import PaDiM
 from encoder import ResNet18
 from igd import IGD
-from support import layouts, scoring
+from support import healthy, layouts, scoring
 
 U64 = 2.0**-53  # one rounding in float64
 
@@ -289,7 +289,7 @@ def test_score_set_does_not_depend_on_the_batch(monkeypatch):
         def score(self, images):
             return tuple(v * math.nan for v in super().score(images))
 
-    with pytest.raises(ValueError, match="NaN in images 0 to 2"):
+    with pytest.raises(ValueError, match="not finite in images 0 to 2"):
         scoring.score_set(Broken(), images, batch=3)
 
 
@@ -301,7 +301,7 @@ def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):
     assert "left out: the row untrained" in err  # it says nothing about its data
     assert out == (run / "results.md").read_text()
     stored = json.loads((run / "results.json").read_text())
-    assert set(stored) == {"padim", "igd", "init", "seconds"}
+    assert set(stored) == {"padim", "igd", "init", "seconds", "healthy"}
     assert stored["seconds"]["fit"] == 2 and stored["seconds"]["evaluate"] > 0
     assert stored["padim"]["image_auroc"] == 1.0 and stored["padim"]["aupro"] > 0.95
     assert sorted(p.name for p in (run / "figures").iterdir()) == [
@@ -341,62 +341,47 @@ def test_evaluate_takes_as_many_images_as_samples(tmp_path):
         evaluation.evaluate(tmp_path, one, {}, np.zeros((6, 3, 32, 32), np.uint8), seed=0)
 
 
-def test_new_images_are_scored_with_a_line_and_a_heat_map_each(run, tmp_path, capsys):
+def test_another_data_set_leaves_the_run_as_it_is(run, tmp_path, capsys):
     assert evaluation.main([str(run)]) == 0
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    other = make_set(tmp_path / "other", normal=8)
+    shutil.rmtree(other / "train")  # test images only
+    assert evaluation.main([str(run), "--data", str(other)]) == 0
+    assert before == {p: p.read_bytes() for p in before}
+    made = run / "eval-other"
+    stored = json.loads((made / "results.json").read_text())
+    assert stored["padim"]["data"]["root"] == str(other)
+    assert stored["padim"]["images"]["test_normal"] == 4
+    written = {"results.md", "scores.csv", "report.html", "figures", "cache"}
+    assert written < {p.name for p in made.iterdir()}
+    shutil.copytree(other, tmp_path / "b/other")
+    assert evaluation.main([str(run), "--data", str(tmp_path / "b/other")]) == 0
+    assert (run / "eval-other-2/results.json").exists()
+    assert stored == json.loads((made / "results.json").read_text())
+    kinds = tmp_path / "kinds"
+    (other / "test").rename(kinds)
+    assert evaluation.main([str(run), "--data", str(kinds)]) == 0  # folders of kinds, no test/
     capsys.readouterr()
-    new = tmp_path / "new"
-    (new / "inside").mkdir(parents=True)
-    for k, name in enumerate(("a.png", "b.png", "inside/a.png")):
-        source = tmp_path / "set" / "test" / ("spot" if k else "good") / f"{k}.png"
-        Image.open(source).save(new / name)
-    Image.open(new / "a.png").save(new / "a.bmp")
-    assert evaluation.main([str(run), "--score", str(new), "--batch-size", "2"]) == 0
-    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [str(Path(c[0]).relative_to(new)) for c in lines] == [
-        "a.bmp",
-        "a.png",
-        "b.png",
-        "inside/a.png",
-    ]
+    assert "no data set" in refused(capsys, run, "--data", tmp_path / "b")
+
+
+def test_scores_of_healthy_images_give_percentiles_and_measures(run, tmp_path, monkeypatch):
+    of_padim = healthy.Healthy(np.array([0.1, 0.2, 0.3, 0.4]), 0.39, (0.0, 1.0))
+    monkeypatch.setattr(Padim, "healthy", of_padim, raising=False)
+    (run / "detector_igd.pt").unlink()
+    assert evaluation.main([str(run)]) == 0
     stored = json.loads((run / "results.json").read_text())
-    verdicts = []
-    for _, padim, score, verdict, igd, other, last in lines:
-        assert (padim, igd) == ("padim", "igd")
-        above = (
-            float(score) >= stored["padim"]["threshold"],
-            float(other) >= stored["igd"]["threshold"],
-        )
-        assert (verdict, last) == tuple("abnormal" if a else "normal" for a in above)
-        verdicts.append(last)
-    assert verdicts == ["normal", "normal", "abnormal", "abnormal"]
-    written = sorted(str(p.relative_to(new)) for p in new.rglob("*.heatmap.png"))
-    assert written == [
-        "a.bmp.heatmap.png",
-        "a.png.heatmap.png",
-        "b.heatmap.png",
-        "inside/a.heatmap.png",
-    ]
-    assert (
-        evaluation.main([str(run), "--score", str(new)]) == 0
-    )  # our heat maps are neither read nor kept
-    assert len(capsys.readouterr().out.splitlines()) == 4
-    assert evaluation.main([str(run), "--score", str(new / "b.png")]) == 0
-    assert capsys.readouterr().out.startswith(f"{new / 'b.png'}\tpadim\t")
-
-
-def test_scoring_never_replaces_a_file_of_the_users(run, tmp_path, capsys):
-    assert evaluation.main([str(run)]) == 0
-    capsys.readouterr()
-    new = tmp_path / "new"
-    new.mkdir()
-    for name in ("a.png", "b.png", "b.heatmap.png"):
-        Image.open(tmp_path / "set" / "test" / "good" / "0.png").save(new / name)
-    before = (new / "b.heatmap.png").read_bytes()
-    assert "b.heatmap.png: exists and is no heat map" in refused(
-        capsys, run, "--score", new / "a.png", new / "b.png"
-    )
-    assert (new / "b.heatmap.png").read_bytes() == before
-    assert not (new / "a.heatmap.png").exists()
+    with open(run / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        below = sum(float(row["padim_score"]) > s for s in (0.1, 0.2, 0.3, 0.4))
+        assert float(row["padim_percentile"]) == 25 * below
+    tested = [r for r in rows if r["split"] == "test"]
+    high = [float(r["padim_score"]) >= 0.39 for r in tested]
+    found = [h for h, r in zip(high, tested, strict=True) if r["label"] == "1"]
+    [of_padim] = stored["healthy"].values()
+    assert of_padim["images"] == 4 and of_padim["sensitivity"] == np.mean(found)
+    assert "of 4 healthy images that trained nothing is 0.39" in (run / "results.md").read_text()
 
 
 def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):
@@ -426,37 +411,7 @@ def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):
         path.unlink()
     assert "both classes" in refused(capsys, run, "--data", tmp_path / "set")
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == stamps
-    assert not list(tmp_path.rglob("*.heatmap.png"))
-
-
-def test_without_test_images_scores_stand_without_a_verdict(run, tmp_path, capsys):
-    new = tmp_path / "new"
-    new.mkdir()
-    shutil.copy(tmp_path / "set" / "test" / "good" / "0.png", new / "a.png")
-    assert evaluation.main([str(run), "--score", str(new)]) == 0
-    [line] = capsys.readouterr().out.splitlines()
-    _, padim, score, igd, other = line.split("\t")
-    assert (padim, igd) == ("padim", "igd") and float(score) > 0 and float(other) > 0
-    assert (new / "a.heatmap.png").exists()
-
-
-def test_without_test_images_the_first_new_ones_set_the_scale(run, tmp_path, capsys, monkeypatch):
-    scales = []
-
-    def noted(image, maps, of_detectors, *rest, **more):
-        scales.append(dict(of_detectors))
-        return Image.new("RGB", (8, 8))
-
-    monkeypatch.setattr(evaluation.figures, "heatmap_figure", noted)
-    monkeypatch.setattr(scoring, "MAPS_FOR_SCALE", 3)
-    new = tmp_path / "new"
-    shutil.copytree(tmp_path / "set" / "test", new)
-    assert evaluation.main([str(run), "--score", str(new), "--batch-size", "2"]) == 0
-    files = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
-    first = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files[:3]])
-    for name, stand_in in (("padim", Padim()), ("igd", Igd())):
-        scale = evaluation.figures.map_scale(stand_in.score(first)[0].numpy())
-        assert [of_image[name] for of_image in scales] == [scale] * 12
+    assert "--out and --json go with --score" in refused(capsys, run, "--json")
 
 
 def test_interrupted_scoring_says_so(run, monkeypatch, capsys):
@@ -466,18 +421,3 @@ def test_interrupted_scoring_says_so(run, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "score_files", interrupted)
     assert evaluation.main([str(run), "--score", "x"]) == 130
     assert "interrupted" in capsys.readouterr().err
-
-
-def test_an_unwritable_folder_is_found_before_anything_is_written(
-    run, tmp_path, capsys, monkeypatch
-):
-    assert evaluation.main([str(run)]) == 0
-    capsys.readouterr()
-
-    def refuse(*, dir):
-        raise PermissionError(13, "Permission denied", str(dir))
-
-    monkeypatch.setattr(scoring.tempfile, "TemporaryFile", refuse)
-    image = tmp_path / "set" / "test" / "good" / "0.png"
-    assert "Permission denied" in refused(capsys, run, "--score", image)
-    assert not list(tmp_path.rglob("*.heatmap.png"))

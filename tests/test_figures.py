@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from support import figures, layouts
@@ -68,22 +69,42 @@ def test_frames_are_green_around_what_is_judged_correctly():
         x = np.flatnonzero((pixels == colour).all(-1).any(0)) - (pixels.shape[1] - 4 * 166)
         assert sorted({k // 166 for k in x.tolist()}) == list(column)
     plain = figures.localisation_figure(images, maps, None, samples, scores, row, [0, 1, 2, 3])
-    assert figure.height - plain.height == 2 * 166  # no prediction, no ground truth
+    assert figure.height - plain.height == 2 * 166 + 18  # two rows, and a line of the note
 
 
-def test_a_heat_map_of_each_detector_stands_beside_a_new_image():
-    image = np.full((3, 8, 8), 120, np.uint8)
-    image[0] = 200  # no grey, which the letters have
-    maps = {"padim": np.zeros((8, 8)), "igd": np.full((8, 8), 5.0)}
-    scales = {"padim": (0.0, 1.0), "igd": (0.0, 5.0)}
-    sheet = np.asarray(
-        figures.heatmap_figure(image, maps, scales, ["padim: 0", "igd: 5"], title="T", side=40)
+@pytest.mark.parametrize("size", [(40, 30), (8, 8), (700, 500)])
+def test_an_overlay_has_the_images_size_and_its_scale_beside_it(size):
+    grey = Image.new("L", size, 100)
+    heat = np.linspace(-1, 3, 64).reshape(8, 8).astype(np.float32)
+    sheet = figures.overlay_with_bar(grey, heat, (0.0, 2.0))
+    assert sheet.height == size[1] and sheet.width > size[0] + figures.BAR
+    pixels = np.asarray(sheet)
+    for corner, value in (((0, 0), 0.0), ((-1, size[0] - 1), 1.0)):
+        want = 0.6 * figures.heat_colours(np.array(value)) + 0.4 * 100
+        assert np.abs(pixels[corner] - want).max() <= 2
+    bar = pixels[:, size[0] + 6 : size[0] + 6 + figures.BAR]
+    assert (bar[0] == figures.heat_colours(np.array(1.0))).all()
+    assert (bar[-1] == figures.heat_colours(np.array(0.0))).all()
+
+
+def test_what_is_found_in_an_image_judged_normal_is_dashed_and_not_tinted():
+    image, mask = np.full((3, 32, 32), 90, np.uint8), np.zeros((32, 32), bool)
+    mask[8:24, 8:24] = True
+    solid, dashed = (
+        np.asarray(figures.outlined(image, mask, figures.YELLOW, 64, dashed=d))
+        for d in (False, True)
     )
-    want = [image.transpose(1, 2, 0)[0, 0]]
-    want += [np.asarray(figures.overlay(image, maps[n], scales[n], 1))[0, 0] for n in maps]
-    for column, colour in enumerate(want):  # flat cells, 46 pixels apart
-        cell = (sheet[:, 6 + 46 * column : 46 + 46 * column] == colour).all(-1)
-        assert cell.sum() == 1600
+    drawn = (solid == figures.YELLOW).all(-1).sum(), (dashed == figures.YELLOW).all(-1).sum()
+    assert 0.3 * drawn[0] < drawn[1] < 0.7 * drawn[0]
+    assert (dashed[32, 32] == 90).all() and not (solid[32, 32] == 90).all()
+    images, maps = np.stack([image, image]), np.stack([mask, mask]).astype(np.float32)
+    samples = [layouts.Sample(Path("x"), 1, "kind")] * 2
+    row = {"threshold": 1.0, "map_scale": (0.0, 1.0), "pixel_threshold": 0.5}
+    figure = figures.localisation_figure(
+        images, maps, maps > 0, samples, np.array([2.0, 0.0]), row, [0, 1]
+    )
+    yellow = (np.asarray(figure) == figures.YELLOW).all(-1).sum(0)
+    assert 0.3 * yellow[-332:-166].sum() < yellow[-166:].sum() < 0.7 * yellow[-332:-166].sum()
 
 
 # --- charts --------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import eval as evaluation
 from detectors import PaDiM
 from encoder import ResNet18
 from measures import auroc, confusion
-from support import cards, charts, data, layouts, options, report
+from support import cards, charts, data, healthy, layouts, options, report
 from support.new_images import NewImages, write_score_report
 from support.page import SCORES, recounted
+from support.score_files import Judge
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -159,7 +160,7 @@ def test_a_runs_page_is_one_file_with_everything_named(two):
         assert title in titles
     assert "Detector: untrained" not in titles  # a baseline: its curve, not its images
     assert f"{results['padim']['image_auroc']:.3f}" in page.text
-    assert len(page.all("dt")) == 10
+    assert len(page.all("dt")) == 11
     for title in ("l_ctr, eq. 3", "accuracy of f_beta, held-back images", "AUROC, fake lesions"):
         assert title in titles
     assert [a["class"] for a in page.all("svg")] == ["roc", "histogram", "curve", "curve", "curve"]
@@ -332,21 +333,23 @@ def test_the_slider_gets_every_score_or_even_ranks_of_too_many():
 # --- new images ----------------------------------------------------------------------------------
 
 
-def new_images(count: int, results: dict) -> NewImages:
-    new = NewImages(results, {"padim": (0.0, 1.0), "igd": (0.0, 1.0)})
+KEPT_OUT = healthy.Healthy(np.arange(0.0, 8.0), 6.65, (0.0, 1.0))
+
+
+def new_images(count: int) -> NewImages:
+    judges = {"padim": Judge(5.0, KEPT_OUT, (0.0, 1.0)), "igd": Judge(None, None, (0.0, 1.0))}
+    new = NewImages(judges)
     rng = np.random.default_rng(0)
     for k in range(count):
         image = rng.integers(0, 255, (3, SIDE, SIDE), dtype=np.uint8)
-        scored = {name: (rng.random((SIDE, SIDE)), float((7 * k) % count)) for name in new.scales}
-        verdicts = new.add(Path(f"{k}.png"), image, scored)
-        assert verdicts == {
-            "padim": ["abnormal" if scored["padim"][1] >= 5 else "normal"], "igd": [],
-        }  # fmt: skip
+        scored = {name: (float((7 * k) % count), rng.random((SIDE, SIDE))) for name in judges}
+        words = {name: judges[name].words(score) for name, (score, _) in scored.items()}
+        new.add(Path(f"{k}.png"), image, scored, words)
     return new
 
 
 def test_new_images_have_verdicts_where_there_is_a_threshold(tmp_path):
-    new = new_images(10, {"padim": {"threshold": 5.0}})
+    new = new_images(10)
     write_score_report(tmp_path, new)
     page = Page((tmp_path / "report_scored.html").read_text())
     assert_well_made(page)
@@ -356,11 +359,13 @@ def test_new_images_have_verdicts_where_there_is_a_threshold(tmp_path):
     assert [a["data-verdict"] for a in padim] == ["abnormal"] * 5 + ["normal"] * 5
     assert {a["data-verdict"] for a in igd} == {""}
     assert "5 of 10 (0.500) judged abnormal" in page.text
+    assert "62% of 8 healthy images that trained nothing lie below it" in page.text
+    assert "above 87.5% of healthy images" in page.text
     assert "no threshold" in page.text.split("Detector: igd")[-1]
 
 
 def test_of_many_new_images_both_ends_are_kept():
-    new = new_images(201, {"padim": {"threshold": 5.0}})  # 7 k mod 201 takes every value once
+    new = new_images(201)  # 7 k mod 201 takes every value once
     kept = [card.score for card in new.cards("padim")]
     assert kept == [*range(200, 200 - new.most, -1), *range(new.most - 1, -1, -1)]
     assert len(new.scores["padim"]) == 201
@@ -376,7 +381,7 @@ def test_score_writes_the_page(tmp_path, capsys):
     assert evaluation.main([str(tmp_path), "--score", str(tmp_path / "data/test/polyp")]) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3 and "report_scored.html" in captured.err
-    page = Page((tmp_path / "report_scored.html").read_text())
+    page = Page((tmp_path / "scored/report_scored.html").read_text())
     assert_well_made(page)
     assert len(page.cards()) == 3 and "no threshold" in page.text
 

@@ -1,0 +1,117 @@
+"""healthy.py: which images are kept out, and what is measured on them and stored."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eval as evaluation
+from detectors import PaDiM
+from encoder import ResNet18
+from support import healthy, job, options, phantom
+
+TINY = "--epochs 1 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
+
+
+@given(st.integers(0, 400), st.sampled_from([0.0, 0.05, 0.1, 0.5]))
+def test_a_tenth_or_ten_are_kept_out_and_the_others_train(n, share):
+    files = [f"{i}.png" for i in range(n)]
+    fit, kept = healthy.split(files, share)
+    assert sorted([*fit, *kept]) == sorted(files) and fit == [f for f in files if f not in kept]
+    if share == 0 or n < 20:
+        assert kept == []
+    else:
+        assert len(kept) == max(10, round(share * n))
+        gaps = np.diff([int(f[:-4]) for f in kept])
+        assert gaps.max() - gaps.min() <= 1  # evenly spread
+
+
+class Ramp:
+    """Scores 0, 1, 2, ...; maps of two values."""
+
+    def score(self, images):
+        s = torch.as_tensor(images[:, 0, 0, 0].astype(np.float32))
+        maps = torch.zeros(len(s), 8, 8)
+        maps[:, 0, 0] = s
+        return maps, s
+
+
+def test_threshold_percentiles_and_scale():
+    images = np.zeros((21, 3, 8, 8), np.uint8)
+    images[:, 0, 0, 0] = np.random.default_rng(0).permutation(21)
+    of_ramp = healthy.measure(Ramp(), images, "ramp")
+    assert of_ramp.scores.tolist() == list(range(21)) and of_ramp.threshold == 19
+    assert of_ramp.percentile([-1, 0, 0.5, 10, 99]) == pytest.approx(
+        [0, 0, 100 / 21, 1000 / 21, 100]
+    )
+    assert of_ramp.scale == (0.0, 38.0)  # the middle is 19
+    assert healthy.measure(Ramp(), images[:0], "ramp") is None
+    again = healthy.of_state(healthy.to_state(of_ramp))
+    assert (again.scores == of_ramp.scores).all() and again.scale == of_ramp.scale
+
+
+BROKEN = [
+    3, [], {}, {"scores": torch.arange(3.0)}, {"scores": "x", "threshold": 1.0, "scale": None},
+    {"scores": torch.tensor([2.0, 1.0]), "threshold": 1.0, "scale": None},
+    {"scores": torch.zeros(0), "threshold": 1.0, "scale": None},
+    {"scores": torch.zeros(2, 2), "threshold": 1.0, "scale": None},
+    {"scores": torch.zeros(2), "threshold": None, "scale": None},
+    {"scores": torch.zeros(2), "threshold": float("nan"), "scale": None},
+    {"scores": torch.zeros(2), "threshold": 1.0, "scale": [1.0]},
+    {"scores": torch.zeros(2), "threshold": 1.0, "scale": [1.0, 1.0]},
+    {"scores": torch.tensor([0.0, float("inf")]), "threshold": 1.0, "scale": [0.0, 1.0]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", BROKEN, ids=range(len(BROKEN)))
+def test_damaged_scores_in_a_detectors_file_are_named(state, tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (4, 3, 32, 32), np.uint8)
+    PaDiM(ResNet18(), channels=2).fit(images).save(tmp_path / "d.pt")
+    whole = torch.load(tmp_path / "d.pt", weights_only=True)
+    assert evaluation.load(tmp_path / "d.pt").healthy is None  # of an older version
+    torch.save(whole | {"healthy": state}, tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="d.pt: .*(damaged|not finite)"):
+        evaluation.load(tmp_path / "d.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run on healthy images alone, and the same without keeping any out."""
+    root = tmp_path_factory.mktemp("healthy")
+    phantom.draw(root / "data", train=24, good=2, abnormal=2, size=32)
+    images = root / "data/train/good"
+    for name, more in (("kept", []), ("all", ["--healthy-share", "0"])):
+        arguments = ["--data", str(images), "--out", str(root / name), *TINY, *more]
+        assert job.main([*arguments, "--detector", "padim,dae", "--detector-epochs", "1"]) == 0
+    return root
+
+
+def test_what_is_kept_out_is_stored_with_each_detector(runs, capsys):
+    results = json.loads((runs / "kept/results.json").read_text())
+    assert {"padim", "dae", "f_beta"} == results["healthy"].keys()
+    for file, name in (("detector", "padim"), ("detector_dae", "dae")):
+        loaded = evaluation.load(runs / f"kept/{file}.pt")
+        assert len(loaded.healthy.scores) == 10 == results["healthy"][name]["images"]
+        assert results["healthy"][name]["threshold"] == loaded.healthy.threshold
+        assert evaluation.load(runs / f"all/{file}.pt").healthy is None
+    assert json.loads((runs / "all/results.json").read_text())["healthy"] == {}
+    fit, kept = healthy.split(sorted((runs / "data/train/good").iterdir()), 0.1)
+    assert evaluation.main([str(runs / "kept"), "--score", *map(str, kept), "--json"]) == 0
+    scored = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    own = evaluation.load(runs / "kept/detector.pt").healthy.scores
+    got = sorted(item["detectors"]["padim"]["score"] for item in scored)
+    assert np.allclose(got, own, rtol=1e-4)  # they trained nothing: the scores that are stored
+    verdicts = [item["detectors"]["padim"]["verdict"] for item in scored]
+    assert verdicts.count("abnormal") == 1
+
+
+def test_a_run_of_before_goes_on_with_every_image(runs, tmp_path):
+    config = json.loads((runs / "all/config.json").read_text())
+    assert config.pop("healthy_share") == 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert options.resolve({}, str(tmp_path))[0].healthy_share == 0
