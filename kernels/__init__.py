@@ -23,7 +23,24 @@ except ImportError:
     tl: Any = None  # type: ignore[no-redef]
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "choose_backend", "tl", "triton"]
+
+@triton.jit
+def tf32(x):
+    """x rounded to the 10 bits of its mantissa that a matrix unit reads, ties away from zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+def precision(device: torch.device, allow_tf32: bool) -> str:
+    """How `tl.dot` takes float32: "tf32" rounds to 10 bits, "tf32x3" splits into two such parts;
+    "ieee" is for chips without tf32 and graphics cards, where three passes are no faster."""
+    if device.type == "cpu":  # the interpreter
+        return "tf32" if allow_tf32 else "tf32x3"
+    chip = torch.cuda.get_device_capability(device)
+    if torch.version.hip or chip < (8, 0):
+        return "ieee"
+    if allow_tf32:
+        return "tf32"
+    return "tf32x3" if chip in ((8, 0), (9, 0)) or chip[0] == 10 else "ieee"
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

@@ -2,24 +2,7 @@
 
 Sizes: B images, P positions, D channels. W_p, lower triangular with W_p^T W_p = Sigma_p^-1, is
 the inverse of Sigma_p's Cholesky factor. A sum of squares cannot be negative under the root.
-
-W is the large operand: 4 P D^2 bytes, 164 MB at P = 4096 and D = 100. What reading its lower half
-must cost (derived on paper, not measured; float32, an H100 with 3.35 TB/s and 67 TFLOP/s):
-
-    P = 4096     bytes of W, x    their floor   operations B P D^2   their floor   decides
-    D = 100
-      B = 1      83 MB, 2 MB      25 us         0.04 GFLOP           0.6 us        memory
-      B = 32     83 MB, 52 MB     40 us         1.3 GFLOP            20 us         memory
-      B = 128    83 MB, 210 MB    87 us         5.2 GFLOP            78 us         memory
-    D = 448
-      B = 1      1.65 GB, 7 MB    0.49 ms       0.8 GFLOP            12 us         memory
-      B = 32     1.65 GB, 0.2 GB  0.56 ms       26 GFLOP             0.39 ms       memory
-      B = 128    1.65 GB, 0.9 GB  0.77 ms       105 GFLOP            1.6 ms        operations
-
-Memory moves in sectors of 32 bytes, so a lower half costs about (D + 8) / (2 D) of the whole:
-0.54 at D = 100. The tiles on the diagonal are computed whole, (D + BI) / D of the operations, and
-B is rounded up to 16. Eager with a full inverse reads twice the bytes, writes (B, P, D) twice
-and computes 2 B P D^2: at B = 32 some 160 MB + 4 x 52 MB, 0.11 ms at D = 100 at the best.
+docs/speed.md: what reading W must cost, and what the compiler makes of the kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import choose_backend, tl, triton
+from kernels import choose_backend, precision, tf32, tl, triton
 
 MAX_D = 1024
 SCRATCH = 2**18  # values in each buffer of a block of the torch path
@@ -69,10 +52,10 @@ def _distance(
     b = (tl.program_id(0) % groups).to(tl.int64) * BB + tl.arange(0, BB)
     total = tl.zeros((BB,), tl.float32)
     for i0 in range(0, D, BI):
-        i = i0 + tl.arange(0, BI)
-        y = tl.zeros((BB, BI), tl.float32)
+        i = i0 + tl.arange(0, BI).to(tl.int64)  # i * w_i passes 2**31 where P is the last axis
+        y = tl.zeros((BI, BJ) if BB == 1 else (BB, BI), tl.float32)
         for j0 in range(0, tl.minimum(i0 + BI, D), BJ):  # right of the diagonal W is zero
-            j = j0 + tl.arange(0, BJ)
+            j = j0 + tl.arange(0, BJ).to(tl.int64)
             x_at = x_ptr + b[:, None] * x_b + p * x_p + j[None, :] * x_d
             x = tl.load(x_at, mask=(b < B)[:, None] & (j < D)[None, :], other=0.0)
             mean = tl.load(mean_ptr + p * mean_p + j * mean_d, mask=j < D, other=0.0)
@@ -81,38 +64,36 @@ def _distance(
             w_at = w_ptr + p * w_p + i[:, None] * w_i + j[None, :] * w_j
             w = tl.load(w_at, mask=lower, other=0.0).to(tl.float32)
             if BB == 1:  # a product of one row: nothing for a matrix unit to do
-                y += tl.sum(delta * w, axis=1)[None, :]
+                y += delta * w
             else:
+                if PRECISION == "tf32":
+                    delta, w = tf32(delta), tf32(w)
                 y = tl.dot(delta, tl.trans(w), y, input_precision=PRECISION)
+        y = tl.sum(y, axis=1)[None, :] if BB == 1 else y
         total += tl.sum(y * y, axis=1)
-    tl.store(out_ptr + b * P + p, tl.sqrt(total), mask=b < B)
+    tl.store(out_ptr + b * P + p, tl.sqrt_rn(total), mask=b < B)
 
 
-# ---------------------------------------------------------------------------- no autograd: scoring
-
-
-# BB images: (BB, BI, BJ, warps, stages). A matrix unit wants 16 or more; one image needs none.
-# A test compiles all of them: none spills.
+# BB images: (BB, BI, BJ, warps, stages). A matrix unit wants 16 or more. A test: none spills.
 CONFIGS = {
-    1: (1, 8, 128, 4, 1),
-    16: (16, 32, 32, 4, 1),
-    32: (32, 32, 32, 4, 1),
-    64: (64, 32, 32, 8, 2),
+    1: (1, 8, 64, 1, 1),
+    16: (16, 64, 32, 4, 1),
+    32: (32, 64, 32, 8, 1),
+    64: (64, 64, 32, 4, 1),
 }
 
 
 def _launch(x, mean, whitening, allow_tf32):
-    (B, P, D), kind = x.shape, "tf32" if allow_tf32 else "ieee"
+    B, P, D = x.shape
     BB, BI, BJ, warps, stages = CONFIGS[next(size for size in CONFIGS if size >= min(B, 64))]
+    strides = *x.stride(), *mean.stride(), *whitening.stride()
     out = torch.empty(B, P, dtype=torch.float32, device=x.device)
     _distance[(P * triton.cdiv(B, BB),)](
-        x, mean, whitening, out, B, P, D, *x.stride(), *mean.stride(), *whitening.stride(),
-        BB=BB, BI=BI, BJ=BJ, PRECISION=kind, num_warps=warps, num_stages=stages,
+        x, mean, whitening, out, B, P, D, *strides, BB=BB, BI=BI, BJ=BJ,
+        PRECISION=precision(x.device, allow_tf32),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
-
-
-# ---------------------------------------------------------------------------- public function
 
 
 def mahalanobis(
