@@ -888,3 +888,14 @@ def test_what_is_to_blame_is_named(pretraining, tmp_path):
     torch.save(weights, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match="--init .*nan.pt: some weights are infinite or NaN"):
         training.start_weights(ResNet18(), str(tmp_path / "nan.pt"))
+
+
+def test_a_cache_that_is_cut_short_is_an_error_and_no_crash(tmp_path):
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(6)]
+    images, _ = data.decode(paths, S, tmp_path / "cache")
+    assert type(images[[0, 5]]) is np.ndarray and images[2:].shape == (4, 3, S, S)
+    (rows,) = (tmp_path / "cache").glob("*.u8")
+    os.truncate(rows, 100)
+    for read in (lambda: images[0], lambda: images[2:], lambda: images[[0, 5]]):
+        with pytest.raises(OSError, match="was cut short.*--resume"):
+            read()
