@@ -86,8 +86,11 @@ class Detector(ABC):
         raises: ValueError for other images, FloatingPointError when a loss is not finite.
         """
         for training in self.trainings(images):
-            for _ in track(range(training.total)):
-                training.update(training.losses())
+            for i in track(range(training.total)):
+                terms = training.losses()
+                if not all(term.isfinite() for term in terms.values()):
+                    raise FloatingPointError(f"{training.name}: loss {terms} in step {i}")
+                training.update(terms)
         return self
 
     def trainings(self, images: ArrayLike | Tensor) -> Iterator[Training]:
@@ -195,15 +198,12 @@ class Training:
         return self.terms(unit(self.data[ids], self.device), generator, self.step_done)
 
     def update(self, terms: Terms) -> None:
-        """raises: FloatingPointError, before a weight is touched, if a term is not finite."""
-        loss = torch.stack(list(terms.values())).sum()
-        if not loss.isfinite():
-            raise FloatingPointError(f"{self.name}: loss {loss:g} in step {self.step_done}")
+        """Back-propagate the sum of the terms, and a step of each optimiser."""
         for group, rate in zip(self.groups(), self.rates, strict=True):
             group["lr"] = rate * self.factor
             for weight in group["params"]:
                 weight.grad = None
-        loss.backward()
+        torch.stack(list(terms.values())).sum().backward()
         nn.utils.clip_grad_norm_([w for g in self.groups() for w in g["params"]], self.clip)
         for optimiser in self.optimisers.values():
             optimiser.step()

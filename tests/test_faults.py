@@ -877,12 +877,12 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(whole, tmp_path, monkeypatc
 def test_what_is_to_blame_is_named(pretraining, tmp_path):
     begun = copy.copy(pretraining)
     begun.step_done = 0
-    assert "not to blame" in training._remedy(begun, tmp_path / "c.pt")
+    assert "not to blame" in training._remedy(begun, tmp_path / "c.pt", begun.step_done)
     begun.step_done = 1
-    assert "lower --lr (" in training._remedy(begun, tmp_path / "c.pt")
+    assert "lower --lr (" in training._remedy(begun, tmp_path / "c.pt", begun.step_done)
     begun.config = dataclasses.replace(begun.config, weight_decay=1.0)
     begun.start_rate = 1000.0
-    assert "lower --weight-decay (1)" in training._remedy(begun, tmp_path / "c.pt")
+    assert "lower --weight-decay (1)" in training._remedy(begun, tmp_path / "c.pt", begun.step_done)
     weights = ResNet18().state_dict()
     weights["conv1.weight"][0, 0, 0, 0] = math.nan
     torch.save(weights, tmp_path / "nan.pt")
