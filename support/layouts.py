@@ -110,9 +110,9 @@ def discover(root: str | Path, *, seed: int = 0, training: bool = True) -> Datas
         if dataset is not None:
             break
     else:
-        inside = ", ".join(f"{name}/" for name in sorted(_folders(root))[:8]) or "no images"
-        found = f"{root}: found {inside} but no data set. {how_to_convert(root)}"
-        raise ValueError(f"{found}Looked for {LOOKED_FOR}")
+        inside = ", ".join(f"{name}/" for name in sorted(_folders(root))[:8])
+        found = f"found {inside} but no data set" if inside else "found no images"
+        raise ValueError(f"{root}: {found}. {how_to_convert(root)}Looked for {LOOKED_FOR}")
     if training and not dataset.train:
         raise ValueError(
             f"{root}: recognised as {dataset.layout}, but it has no training images. "

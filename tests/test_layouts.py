@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import lesion, mvtec, picture
 
-from support import data, layouts
+from support import data, datasets, layouts
 
 
 def test_mvtec(tmp_path):
@@ -71,6 +71,34 @@ def test_hyper_kvasir_archive(tmp_path):
     dataset = layouts.discover(tmp_path)
     assert dataset.layout == "Hyper-Kvasir archive"
     assert sorted((s.label, s.mask is not None) for s in dataset.test) == [(0, False), (1, True)]
+
+
+def test_a_folder_is_counted_against_the_papers_data_sets(tmp_path, capsys, monkeypatch):
+    for i in range(3):
+        picture(tmp_path / f"train_set/a{i}.jpg")
+    picture(tmp_path / "test_set/normal_test/b.jpg")
+    picture(tmp_path / "test_set/abnormal_test/c.jpg")
+    picture(tmp_path / "test_set/abnormal_test/d.jpg")
+    lesion(tmp_path / "test_set/masks/c.png")
+    assert datasets.main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}: Hyper-Kvasir archive"
+    assert lines[2].split() == ["here", "3", "1", "2", "1"]
+    assert lines[3].split() == ["Hyper-Kvasir", "1,600", "500", "1,000", "1,000"]
+    apart = "training -1,597; test, normal -499; test, abnormal -998; masks -999"
+    assert lines[-1] == f"nearest: Hyper-Kvasir, apart from {apart}"
+    monkeypatch.setitem(datasets.PAPER, "LAG", (3, 1, 2, 1))
+    assert datasets.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "these are LAG's numbers"
+
+
+@pytest.mark.parametrize("given, said", [("missing", "no such folder"), ("other", "found sub/ but")])
+def test_a_folder_that_cannot_be_counted_is_named_in_one_line(tmp_path, capsys, given, said):
+    (tmp_path / "other/sub").mkdir(parents=True)
+    assert datasets.main([str(tmp_path / given)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert err.startswith(f"support.datasets: {tmp_path / given}: {said}")
 
 
 def test_train_test_normal_abnormal_in_any_case(tmp_path):
@@ -175,7 +203,7 @@ def test_symlinks_uppercase_and_hidden_files(tmp_path):
 def test_nothing_to_find(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         layouts.discover(tmp_path / "missing")
-    with pytest.raises(ValueError, match="found no images but no data set.*Looked for"):
+    with pytest.raises(ValueError, match="found no images. Looked for"):
         layouts.discover(tmp_path)
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="found other/"):
