@@ -92,7 +92,9 @@ def test_a_folder_is_counted_against_the_papers_data_sets(tmp_path, capsys, monk
     assert capsys.readouterr().out.splitlines()[-1] == "these are LAG's numbers"
 
 
-@pytest.mark.parametrize("given, said", [("missing", "no such folder"), ("other", "found sub/ but")])
+@pytest.mark.parametrize(
+    "given, said", [("missing", "no such folder"), ("other", "found sub/ but")]
+)
 def test_a_folder_that_cannot_be_counted_is_named_in_one_line(tmp_path, capsys, given, said):
     (tmp_path / "other/sub").mkdir(parents=True)
     assert datasets.main([str(tmp_path / given)]) == 2
