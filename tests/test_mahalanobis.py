@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE, ROOT, RUNS_TRITON, U32, assert_within
@@ -124,6 +125,19 @@ def test_many_channels(B, D):
     x, mean, W, _ = make_case(B, 1, D, seed=4)
     want = mahalanobis_ref(x.double(), mean.double(), W.double())
     assert_within(mahalanobis.mahalanobis(x, mean, W, backend="triton"), want, budget(x, mean, W))
+
+
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton, on a GPU or its interpreter")
+@pytest.mark.parametrize("B", [1, 2])
+def test_strides_whose_multiples_pass_int32(B):
+    """Rows of W lie 2^30 values apart; an offset that wraps reads a zero instead."""
+    x, mean, W, _ = make_case(B, 1, 3, seed=14)
+    nothing = np.zeros(2**32 + 3, np.float16)  # pages nobody touches take no memory
+    far = torch.from_numpy(nothing).to(DEVICE).as_strided((1, 3, 3), (3, 2**30, 1), 2**31)
+    far.copy_(W)
+    got = mahalanobis.mahalanobis(x, mean, far, backend="triton")
+    want = mahalanobis_ref(x.double(), mean.double(), far.double())
+    assert_within(got, want, budget(x, mean, far))
 
 
 @pytest.mark.parametrize("B", [1, 5])
