@@ -133,6 +133,7 @@ def loss_terms(
 
 HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pretext task
 WATCHED_VIEWS = 400  # of these, or more: an accuracy of 0.25 then has a deviation of 0.02
+SETTLED = 30  # steps before batch norm's running averages, and so the spread of z, say something
 RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
 
 
@@ -162,9 +163,8 @@ class Pretraining:
         held = max(2, min(64, max(config.batch_size // 2, round(HELD_BACK * n)), n // 4))
         order = torch.randperm(n, generator=seeded(config.seed, 1)).numpy()
         self.watched, self.trained = order[:held], order[held:]
-        self.batch = (
-            min(config.batch_size, len(self.trained)) // self.world
-        )  # images of this process
+        every = min(config.batch_size, len(self.trained))  # images of a step
+        self.batch = every // self.world  # of this process
         if self.batch < 2:
             raise ValueError(
                 f"{n} training images for {self.world} process(es): a batch needs two or more, and "
@@ -301,7 +301,8 @@ class Pretraining:
     def end_epoch(self) -> dict[str, float]:
         """For the log: the health of the pretext task, warning once of a collapse; fake lesions."""
         health = self.health()
-        if health["spread"] < 0.1 * self.spread and not self.collapsed:
+        fallen = health["spread"] < 0.1 * self.spread and self.step_done >= SETTLED
+        if fallen and not self.collapsed:
             self.collapsed = True
             notify(
                 f"collapse: the spread of z fell from {self.spread:.2g} to {health['spread']:.2g}; "

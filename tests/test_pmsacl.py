@@ -355,11 +355,12 @@ def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypa
         pmsacl.Pretraining(np.zeros((3, 3, 32, 32), np.uint8), config)
 
 
-def test_a_collapse_is_said_once(capsys):
+def test_a_collapse_is_said_once_and_not_of_the_first_steps(capsys):
     training = pmsacl.Pretraining(pictures(), tiny())
     training.spread = 1e9
-    for _ in range(2):
+    for training.step_done in (29, 30, 31):
         training.end_epoch()
+        assert training.collapsed == (training.step_done >= 30)
     assert capsys.readouterr().err.count("collapse: the spread of z fell from 1e+09") == 1
 
 
