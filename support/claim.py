@@ -146,7 +146,7 @@ class Claim:
             os.close(file)
 
     def _refusal(self, owner: dict[str, Any]) -> str:
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', 'this host')}"
+        who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "another process"
         if owner and owner.get("host") != platform.node():
             return f"{self.folder} belongs to {who}; if that has ended, delete {self.lock}"
         return f"{self.folder} belongs to {who}, which is running; wait for it, or name another"

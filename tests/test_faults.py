@@ -676,8 +676,12 @@ def test_a_lock_of_another_host_or_of_this_process_stands(system, tmp_path, monk
         claim.Claim(tmp_path, resumed=True)
     (tmp_path / claim.LOCK).unlink()
     held = claim.Claim(tmp_path, resumed=True)
-    with pytest.raises(ValueError, match="which is running"):
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on .*, which is running"):
         claim.Claim(tmp_path, resumed=True)
+    if system:
+        (tmp_path / claim.LOCK).write_text("")  # its holder has not written yet
+        with pytest.raises(ValueError, match="belongs to another process, which is running"):
+            claim.Claim(tmp_path, resumed=True)
     held.release()
 
 
