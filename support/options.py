@@ -21,7 +21,7 @@ from support.depth import parse_window
 from support.readers import read_config
 from support.run import Parser, pick_device
 
-NOT_BEGUN = {"cache", "phantom", "run.lock"}  # in a folder without a run
+NOT_BEGUN = {"cache", "phantom", "run.lock", "config.json.partial"}  # in a folder without a run
 RATE = 1e3  # the highest learning rate: float32 has no room for 1e300
 SCALE = 1e3  # the largest factor of eq. 5's numerator
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order

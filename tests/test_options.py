@@ -126,3 +126,12 @@ def test_every_option_is_in_one_group_and_igds_defaults_are_igds():
     starts = [names.index(first) for first in options.GROUPS.values()]
     assert starts[0] == 0 and starts == sorted(starts)
     assert options.Config().igd_lr == options.IGD.lr == 1e-4
+
+
+def test_a_run_that_was_killed_before_it_had_a_config_can_be_begun_again(tmp_path):
+    for name in ("config.json.partial", "run.lock"):
+        (tmp_path / name).touch()
+    assert options.resolve({"out": str(tmp_path)}, None)[1] == tmp_path
+    (tmp_path / "encoder.pt").touch()
+    with pytest.raises(ValueError, match="exists; add --resume"):
+        options.resolve({"out": str(tmp_path)}, None)
