@@ -32,6 +32,7 @@ except ImportError:  # Windows: the text of the lock has to do
 T = TypeVar("T")
 
 LOCK = "run.lock"
+NOT_BEGUN = {"cache", "phantom", LOCK, "config.json.partial"}  # in a folder without a run
 # What a run writes into its folder; nothing else in it is ever removed.
 OURS = (
     "cache", "phantom", "figures", "config.json", "results.json", "results.md", "scores.csv",
@@ -171,7 +172,7 @@ class Claim:
 
 def _is_empty(folder: Path) -> bool:
     """Whether nothing of a run or of the user's is there; a shared cache may be."""
-    return not set(os.listdir(folder)) - {"cache", "phantom", LOCK}
+    return not set(os.listdir(folder)) - NOT_BEGUN
 
 
 def _system_lock(file: int) -> bool | None:

@@ -16,12 +16,12 @@ from baselines.pretraining import METHODS
 from baselines.strong import STRONG, TILES
 from igd import IGD
 from support.checks import check_places
+from support.claim import NOT_BEGUN
 from support.compared import NAMES, chosen
 from support.depth import parse_window
 from support.readers import read_config
 from support.run import Parser, pick_device
 
-NOT_BEGUN = {"cache", "phantom", "run.lock", "config.json.partial"}  # in a folder without a run
 RATE = 1e3  # the highest learning rate: float32 has no room for 1e300
 SCALE = 1e3  # the largest factor of eq. 5's numerator
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order

@@ -9,6 +9,7 @@ import pytest
 
 from baselines.pretraining import METHODS
 from support import options
+from support.claim import Claim
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def test_a_run_that_was_killed_before_it_had_a_config_can_be_begun_again(tmp_pat
     for name in ("config.json.partial", "run.lock"):
         (tmp_path / name).touch()
     assert options.resolve({"out": str(tmp_path)}, None)[1] == tmp_path
+    Claim(tmp_path, resumed=False).release()
     (tmp_path / "encoder.pt").touch()
     with pytest.raises(ValueError, match="exists; add --resume"):
         options.resolve({"out": str(tmp_path)}, None)
