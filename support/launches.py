@@ -108,7 +108,7 @@ class Launches(TorchDispatchMode):
     def _count(self, counter: Counter[str], times: int = 1) -> None:
         """At the innermost line of ours."""
         frame: FrameType | None = sys._getframe(2)
-        while frame and not frame.f_code.co_filename.startswith(ROOT):
+        while frame and not _is_ours(frame.f_code.co_filename):
             frame = frame.f_back
         counter[f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "elsewhere"] += times
 
@@ -139,3 +139,8 @@ def of_step(
         with Launches() as network:
             training.encoder(views).sum().backward()
     return whole, network
+
+
+def _is_ours(file: str) -> bool:
+    """Not of a package, whose environment may lie in this folder too."""
+    return file.startswith(ROOT) and "site-packages" not in file
