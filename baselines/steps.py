@@ -87,9 +87,9 @@ class Detector(ABC):
         """
         for training in self.trainings(images):
             for i in track(range(training.total)):
-                terms = training.losses()
-                if not all(term.isfinite() for term in terms.values()):
-                    raise FloatingPointError(f"{training.name}: loss {terms} in step {i}")
+                loss = torch.stack(list((terms := training.losses()).values())).sum()
+                if not loss.isfinite():
+                    raise FloatingPointError(f"{training.name}: loss {loss} in step {i}")
                 training.update(terms)
         return self
 

@@ -101,7 +101,7 @@ class Claim:
         self.folder, self.lock = folder, folder / LOCK
         make_folder(folder.absolute().parent)
         self.made = self._make()
-        if not (self.made or resumed or _is_empty(folder)):
+        if not (self.made or resumed or is_empty(folder)):
             raise FileExistsError(f"--out {folder}: exists; add --resume to go on with it")
         try:
             self.file = self._hold()
@@ -165,12 +165,12 @@ class Claim:
         """Give the folder up, and remove it if this process made it and left nothing there."""
         with contextlib.suppress(OSError):
             self.lock.unlink(missing_ok=True)
-            if self.made and _is_empty(self.folder):
+            if self.made and is_empty(self.folder):
                 self.folder.rmdir()
         os.close(self.file)
 
 
-def _is_empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     """Whether nothing of a run or of the user's is there; a shared cache may be."""
     return not set(os.listdir(folder)) - NOT_BEGUN
 

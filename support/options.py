@@ -16,7 +16,7 @@ from baselines.pretraining import METHODS
 from baselines.strong import STRONG, TILES
 from igd import IGD
 from support.checks import check_places
-from support.claim import NOT_BEGUN
+from support.claim import is_empty
 from support.compared import NAMES, chosen
 from support.depth import parse_window
 from support.readers import read_config
@@ -333,7 +333,7 @@ def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     folder = Path(resume or options.get("out") or default_folder(options.get("data", ""), newest))
     saved = read_config(folder)
     saved = {name: saved[name] for name in Config.__dataclass_fields__ if name in saved}
-    begun = folder.is_dir() and {file.name for file in folder.iterdir()} - NOT_BEGUN
+    begun = folder.is_dir() and not is_empty(folder)
     if resume and options.get("out", resume) != resume:
         raise ValueError(f"--resume {resume} goes on in that folder: leave out --out")
     if saved:
