@@ -21,9 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from encoder import POOLED, ResNet18, channels_last, initialise, normalise
+from encoder import POOLED, ResNet18, Z, channels_last, initialise, normalise
 
-Z = 128  # features of the latent space                                       [P:§4.2]
 Group: TypeAlias = "dist.ProcessGroup | None"  # of torch.distributed
 
 

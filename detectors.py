@@ -14,7 +14,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +34,7 @@ SIGMA_AT = 256  # pixels a side for which PaDiM's sigma is meant
 CPU_PIXELS, GPU_PIXELS = 2**18, 2**22  # B S^2 that the network sees at once
 IMAGES = 32  # whose embeddings are held at once: W is read once for all of them
 POSITIONS = 256  # whose float64 factors are held at once
-Track = Callable[[Iterable[int]], Iterable[int]]
+Track = Callable[[Sequence[int]], Iterable[int]]
 Group: TypeAlias = "dist.ProcessGroup | None"  # of torch.distributed
 
 
@@ -98,7 +98,7 @@ def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
         factor, bad = torch.linalg.cholesky_ex(sigma)
         failed += bad.count_nonzero()
         w[p : p + POSITIONS] = torch.linalg.solve_triangular(factor, eye, upper=False)
-    if failed:  # asked once: a GPU is waited for
+    if failed:  # one synchronisation with a GPU, not one for each block
         raise ValueError(f"a covariance is not positive definite: eps={eps:g}, or NaN, or infinity")
     return w
 

@@ -211,7 +211,7 @@ def evaluate(
     """
     started = time.perf_counter()
     dataset.check_test(len(images))
-    labels = np.array([sample.label for sample in dataset.test], bool)
+    labels = dataset.labels
     validation = validation_split(labels, seed)
     test, usable = paper_protocol | ~validation, ~validation & (True if known is None else known)
     shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
@@ -257,8 +257,7 @@ OfSet = tuple[Array, Array, Array | None, Sequence[layouts.Sample], Array, Mappi
 
 def _figure(of_set: OfSet, usable: Array, dataset: layouts.Dataset, name: str) -> Image:
     """figures/localisation_NAME.png of some images, each class at even ranks of its scores."""
-    scores, labels = of_set[4], np.array([sample.label for sample in dataset.test], bool)
-    cases = figures.choose_cases(scores, labels, usable)
+    cases = figures.choose_cases(of_set[4], dataset.labels, usable)
     return figures.localisation_figure(*of_set, cases, f"{dataset.root.name}: {displayed(name)}")
 
 
@@ -295,8 +294,7 @@ def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any],
         raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
     loaded = [load(path, pick_device(device)) for path in files]
     kinds = {cls: kind for kind, cls in KINDS.items()}
-    named = {kinds.get(cls := type(d), cls.__name__.lower()): d for d in loaded}
-    return config, read_results(folder), named
+    return config, read_results(folder), {kinds[type(detector)]: detector for detector in loaded}
 
 
 def evaluate_run(
@@ -358,9 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--score", type=Path, nargs="+", metavar="PATH", help="new images, or folders of them")
     add("--out", type=Path, help="new folder for what --score writes (default: RUN/scored)")
     add("--json", action="store_true", help="with --score: a JSON object for each image")
-    add("--paper-protocol", action="store_true", help="also measure what sets the thresholds")
+    add("--paper-protocol", action="store_true", help="also measure images that set thresholds")
     add("--skip-bad", action="store_true", help="leave unreadable files out")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images at a time")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images scored at a time")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     try:

@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         return complain("experiments.py", error)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
     return int(any(row.failure for rows in tables.values() for row in rows))
 
@@ -244,7 +244,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="experiments.py",
         description=__doc__.split("\n")[0],
-        epilog="Tables 1 to 4, 6 and 7 show the paper's figures beside ours only if the images are "
+        epilog="Tables 1 to 4, 6 and 7 show the paper's figures next to ours if the images are "
         "the paper's: Hyper-Kvasir by its layout, Hyper-Kvasir, LAG, Liu or Covid-X by the name of "
         "their folder. All other options are those of pmsacl.py.",
         allow_abbrev=False,
@@ -253,17 +253,20 @@ def _parser() -> Parser:
         numbers = [*PICTURES] if kind == "figure" else []
         numbers += [int(name.split()[1]) for name in ROWS if name.startswith(kind)]
         parser.add_argument(f"--{kind}", type=int, nargs="+", default=[], choices=numbers)
+    parser.add_argument("--run", type=Path, help="draw figures 1 to 5 from this finished run")
     parser.add_argument(
-        "--run", type=Path, help="draw figures 1 to 5 of this finished run, of pmsacl.py"
+        "--sweep", type=Path, metavar="FILE", help="in each line: a name and options"
     )
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="a name and options a line")
     parser.add_argument(
-        "--rows", type=Path, metavar="FILE", help="a row's name and further options of it a line"
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="in each line: the name of a row and more options for it",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs for each row (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder")
     parser.add_argument("--keep", action="store_true", help="keep finished runs' checkpoints")
-    parser.add_argument("--show", action="store_true", help="run nothing, show what is finished")
+    parser.add_argument("--show", action="store_true", help="run nothing, show the finished runs")
     return parser
 
 
@@ -295,7 +298,9 @@ def _common_options(
     """
     options, resume = parse(arguments)
     if resume is not None or "seed" in options:
-        raise ValueError("neither --resume nor --seed goes here: --seeds N runs 0 to N - 1")
+        raise ValueError(
+            "neither --resume nor --seed is possible here: --seeds N runs seeds 0 to N - 1"
+        )
     if args.seeds < 1:
         raise ValueError(f"--seeds must be 1 or above, got {args.seeds}")
     if args.run and options:

@@ -251,7 +251,7 @@ class IGD:
 class Training:
     """The training of one of the two models: Adam, with a polynomial decay.   [I:code]
 
-    A step's draws come from (seed, purpose, step): a training that goes on from a `state_dict` ends
+    A step's draws come from (seed, purpose, step): a training resumed from a `state_dict` ends
     with the same weights as one that was not stopped, bit for bit.
 
     igd:   the detector, whose model is trained in place.
@@ -276,8 +276,9 @@ class Training:
         self.count = len(data) if whole else math.prod(self.places)
         self.images = max(2 * self.world, min(igd.batch_size if whole else igd.patches, self.count))
         self.images -= self.images % (2 * self.world) if group else 0  # of a step
-        i, pairs = np.arange(self.images), -(-self.images // (2 * self.world))  # of a process
-        self.rows = i[np.minimum(i, i[::-1]) // pairs == self.rank]  # with what they are mixed with
+        # Row i is mixed with row -1 - i of a step (`interpolate`): a process has both of each pair.
+        i, pairs = np.arange(self.images), -(-self.images // (2 * self.world))
+        self.rows = i[np.minimum(i, i[::-1]) // pairs == self.rank]
         self.steps = self.count // self.images  # an epoch; the last partial batch is left out
         self.epochs = igd.epochs if whole else igd.local_epochs
         self.total = self.steps * self.epochs
@@ -303,8 +304,8 @@ class Training:
         """l_rec + l_h + 0.1 E d(g(z_alpha))^2 of the next batch, and the critic's loss.   [P:§3.3]
 
         The auto-encoder's terms have no gradient for the critic, and the critic's loss none for the
-        auto-encoder. l_h has none at all before eq. 12 joins: z that it gathers before the decoder
-        reads it stays one point, and x~ one image.
+        auto-encoder. l_h has none at all before eq. 12 joins: if it
+        pulls z together before the decoder uses z, all x~ stay the same image.
 
         returns: "rec", "h", "critic" and "critic_loss" -> scalar.
         """
@@ -352,12 +353,8 @@ class Training:
             if self.warmup == self.epochs:  # eq. 12 never joined
                 self.estimate()
 
-    def end_epoch(self) -> dict[str, float]:
-        """More columns of the epoch's row of the log: none."""
-        return {}
-
     def state_dict(self) -> dict[str, Any]:
-        """All that a training of the same images and settings needs to go on."""
+        """All that a training of the same images and settings needs to resume."""
         return {
             "settings": self.igd.settings() | {"images": len(self.data)},
             "step": self.step_done,

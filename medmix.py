@@ -133,8 +133,8 @@ def alterations(k: int, generator: Generator, p: float, at_least_one: bool) -> T
 def wave(v: Tensor, u: Tensor, generator: Generator) -> Tensor:
     """u' = u + f(v), f a cosine curve through three random points, 0 at both ends.  [P!§4.2 R11]
 
-    One point lies in each third of the patch's height; they push left and right by turns. The patch
-    is mirrored at its sides. v, u: (K, s, s) in half-sides from the middle of the patch.
+    One point lies in each third of the patch's height; they push left and right alternately. The
+    patch is mirrored at its sides. v, u: (K, s, s) in half-sides from the middle of the patch.
     """
     low, spread, sign = torch.tensor(WAVE, device=generator.device)
     height = moved(low + spread * uniform(generator, 0, 1, len(v), 5), v)  # (K, 5)

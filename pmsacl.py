@@ -133,7 +133,7 @@ def loss_terms(
 
 HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pretext task
 WATCHED_VIEWS = 400  # of these, or more: an accuracy of 0.25 then has a deviation of 0.02
-SETTLED = 30  # steps before batch norm's running averages, and so the spread of z, say something
+SETTLED = 30  # steps before batch norm's running averages, and so the spread of z, are reliable
 RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
 
 
@@ -150,7 +150,7 @@ class Pretraining:
 
     images: (N, 3, S, S) uint8, healthy.
     local:  the encoder of 32 px patches for IGD's local model.
-    raises: ValueError if there are too few images for a batch of two beside those held back.
+    raises: ValueError if there are too few images for a batch of two besides those held back.
     """
 
     def __init__(self, images: np.ndarray, config: Config, *, local: bool = False) -> None:
@@ -339,7 +339,7 @@ PROGRESS = ("step_done", "total", "c", "spread", "collapsed", "init")  # of a ch
 def pretrain(
     images: np.ndarray, config: Config, folder: Path, *, local: bool = False
 ) -> tuple[Encoder, str]:
-    """Minimise eq. 1 over D; start anew, or go on from the run's checkpoint.   [P:§4.2]
+    """Minimise eq. 1 over D, from the start or from the run's checkpoint.   [P:§4.2]
 
     returns: the encoder in evaluation mode, and what it started from.
     raises:  as Pretraining; FloatingPointError when the loss is not finite.

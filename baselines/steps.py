@@ -1,6 +1,6 @@
 """What the compared detectors share: training by steps, files, two networks, a ResNet's layers.
 
-Each of them is a file beside this one, with its losses and its score. A detector's `trainings` can
+Each is a file in this folder, with its losses and its score. A detector's `trainings` can
 be run by any loop that calls `losses` and `update` until `step_done` is `total`; `fit` is the
 shortest one. Sizes: N training images, B images, S pixels a side.
 """
@@ -150,7 +150,7 @@ class Detector(ABC):
 class Training:
     """Steps of one or more optimisers on one loss; weights without a gradient stay as they are.
 
-    The draws of a step come from (seed, name, step): a training that goes on from a `state_dict`
+    The draws of a step come from (seed, name, step): a training resumed from a `state_dict`
     ends with the same weights as one that was not stopped, bit for bit.
 
     name:       the detector's kind, and a second word if it has several.
@@ -209,11 +209,8 @@ class Training:
             optimiser.step()
         self.step_done += 1
 
-    def end_epoch(self) -> dict[str, float]:
-        return {}  # no more columns of the log
-
     def state_dict(self) -> dict[str, Any]:
-        """All that a training of the same images and settings needs to go on."""
+        """All that a training of the same images and settings needs to resume."""
         return {
             "settings": self.detector.settings() | {"images": len(self.data)},
             "step": self.step_done,
@@ -270,8 +267,11 @@ def convolutions(size: int, width: int, outputs: int, *, norm: bool = True) -> n
     side, channels = widths(size // 2, width)
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(zip([3, *channels], channels, strict=False)):
-        layers.append(nn.Conv2d(a, b, 4, 2, 1, bias=not (norm and i)))
-        layers += [nn.BatchNorm2d(b)] * (norm and i > 0) + [nn.LeakyReLU(0.2)]
+        normed = norm and i > 0
+        layers.append(nn.Conv2d(a, b, 4, 2, 1, bias=not normed))
+        if normed:
+            layers.append(nn.BatchNorm2d(b))
+        layers.append(nn.LeakyReLU(0.2))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * side**2, outputs))
 
 

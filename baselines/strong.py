@@ -23,7 +23,7 @@ TILES = (  # class n of `permutation`: which of the 2 x 2 tiles comes where; 0..
 def rotation(
     x: Tensor, n: Tensor, generator: Generator, *, classes: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turned counter-clockwise by 360 n / A degrees; A is 4 unless told or n has more.  [P:§4.7.2]
+    """Turned counter-clockwise by 360 n / A degrees; A is 4 unless given or n has more.  [P:§4.7.2]
 
     Multiples of 90 degrees move pixels only; other angles are bilinear with mirrored corners.
     """

@@ -1,4 +1,4 @@
-"""The cache of decoded images: rows in a raw file, and a JSON file beside it once all are there.
+"""The cache of decoded images: a raw file of rows, and a JSON file next to it once it is complete.
 
 The JSON file holds the reason for each row that is unreadable, and the raw file's checksum.
 """
@@ -57,8 +57,7 @@ def cached(
     data, marker = folder / f"{name}.u8", folder / f"{name}.json"
     size = math.prod(shape)  # bytes of a row
     substitute = bytes(size) if zeros_for_unreadable else b""
-    missing = 0 if zeros_for_unreadable else 1  # rows for an unreadable one
-    unreadable = _complete(data, marker, len(rows), size, missing)
+    unreadable = _complete(data, marker, len(rows), size, len(substitute))
     if unreadable is None or (unreadable and not skip_bad):
         marker.unlink(missing_ok=True)
         unreadable, crc = _write(rows, read, substitute, data, label=label, skip_bad=skip_bad)
@@ -92,20 +91,20 @@ class Rows(np.memmap):
             )
 
 
-def _complete(data: Path, marker: Path, rows: int, size: int, missing: int) -> dict | None:
+def _complete(data: Path, marker: Path, rows: int, size: int, substitute: int) -> dict | None:
     """The reason for each unreadable row of a cache; None if it is not there, or damaged.
 
-    size: bytes of a row.   missing: how many rows an unreadable one takes away.
+    size, substitute: bytes of a row, and of an unreadable one.
     """
     try:
         saved = json.loads(marker.read_bytes())
         unreadable = {int(row): str(reason) for row, reason in saved["unreadable"].items()}
         wanted = int(saved["crc32"])
-        whole = data.stat().st_size == size * (rows - missing * len(unreadable))
-        whole = whole and all(0 <= row < rows for row in unreadable)
-        if not (whole and 0 < size * (rows - missing * len(unreadable))):
+        length = size * (rows - len(unreadable)) + substitute * len(unreadable)
+        whole = 0 < length == data.stat().st_size
+        if not (whole and all(0 <= row < rows for row in unreadable)):
             return None
-        chunks = range(0, data.stat().st_size, CHUNK)
+        chunks = range(0, length, CHUNK)
         crc = 0
         with open(data, "rb") as file:
             for _ in progress(chunks, len(chunks), "checking the decoded images"):

@@ -111,12 +111,10 @@ def pictures_of(
     image: Array, heat: Array, scale: tuple[float, float], name: str, score: float
 ) -> dict[str, bytes]:
     """The image and its heat map, by their alternative texts."""
-    size = (SIDE, SIDE)
-    plain = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1))).convert("RGB")
     y, x = np.unravel_index(int(np.argmax(heat)), heat.shape)
     where = f"{(x + 0.5) / heat.shape[1]:.0%} from the left, {(y + 0.5) / heat.shape[0]:.0%} down"
     return {
-        f"{name}, score {charts.number(score)}": jpeg(plain.resize(size, Image.Resampling.BICUBIC)),
+        f"{name}, score {charts.number(score)}": jpeg(figures.picture(image, SIDE)),
         f"{name}, heat map: brightest {where}": jpeg(figures.overlay(image, heat, scale, SIDE)),
     }
 
@@ -140,7 +138,7 @@ def card_html(card: Card, threshold: float | None) -> str:
         words = "abnormal" if high else "normal"
     elif threshold is not None:
         judged = " right" if high == bool(card.label) else " wrong"
-        words = (("passed", "false alarm"), ("missed", "found"))[int(bool(card.label))][high]
+        words = figures.VERDICTS[int(bool(card.label))][high]
     facts = ", ".join(filter(None, [card.kind, f"score {charts.number(card.score)}", card.facts]))
     label = "" if card.label is None else card.label
     return (

@@ -97,7 +97,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def span(values: Array) -> tuple[float, float]:
-    """The least and the greatest of the finite values, apart from each other."""
+    """The least and the greatest of the finite values, made distinct."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     return (low, high) if high - low > 1e-9 * max(abs(low), abs(high), 1e-9) else (low - 1, low + 1)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from support.compared import chosen
 from support.layouts import EXTENSIONS, MASKS, Dataset, Sample, how_to_convert, visible, walk
 from support.progress import notify, progress, size_of
 
@@ -178,14 +179,14 @@ def disk_needed(config: Any, train: int, test: int, masks: int) -> float:
     """Bytes that a run writes, at most: the cache, checkpoints, detectors, figures."""
     pixels = config.image_size**2
     needed = 3 * pixels * (train + test) + pixels * (test if masks else 0)
-    local = config.local == "yes" or (config.local == "auto" and config.image_size > 64)
-    encoders = 1 + (local and config.detector != "padim")
+    encoders, detectors = 1 + config.local_igd, chosen(config.detector)
     needed += encoders * 2 * WEIGHTS + WEIGHTS  # with the optimiser's momentum; encoder.pt
-    if config.detector != "igd":
+    if "padim" in detectors:
         needed += WEIGHTS + pixels / 16 * (100 * 101 / 2 + 100) * 4  # Sigma_p^-1/2 of 100 channels
-    if config.detector != "padim":
-        models = (1 + local) * (WEIGHTS + IGD_WEIGHTS * (config.igd_width / 8) ** 2)
+    if "igd" in detectors:
+        models = encoders * (WEIGHTS + IGD_WEIGHTS * (config.igd_width / 8) ** 2)
         needed += 4 * models  # with Adam's two moments; the detector
+    needed += 6 * WEIGHTS * len(set(detectors) - {"padim", "igd"})  # with Adam's two moments
     return needed + WEIGHTS * 2 + 20e6  # a checkpoint is written beside the old one; figures
 
 

@@ -130,10 +130,12 @@ class Claim:
         """Lock run.lock; a file that its last holder removed meanwhile is not the one."""
         while True:
             file = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
-            locked = _system_lock(file)
-            owner = holder(self.lock)
-            known = owner.get("host") == platform.node() if locked else not may_live(owner)
-            if locked is False or not (known or not owner):
+            locked, owner = _system_lock(file), holder(self.lock)
+            if locked is None:  # the text has to do
+                refused = may_live(owner)
+            else:  # a lock does not reach other hosts
+                refused = not locked or (bool(owner) and owner.get("host") != platform.node())
+            if refused:
                 os.close(file)
                 raise ValueError(self._refusal(owner))
             try:
@@ -195,7 +197,7 @@ def claimed(
     """Hold the folder of a run while the block runs; of several processes, the first one does.
 
     Signals end the block by KeyboardInterrupt; what it has made is then removed if there is nothing
-    to go on from.
+    to resume from.
 
     choose:  the run's config and its folder.
     resumed: the folder may hold a run already.

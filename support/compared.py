@@ -47,7 +47,8 @@ def deciding(config: Any) -> set[str]:
     prefixes = () if "igd" in detectors else ("igd_", "local")
     names = [field.name for field in dataclasses.fields(config)]
     if config.method in UNTRAINED:  # what pre-trains has no part in them
-        without |= {*names[names.index("terms") : names.index("detector")]} - {"encoder", "init"}
+        options = names[names.index("terms") : names.index("healthy_share")]  # of the pre-training
+        without |= {*options} - {"encoder", "init"}
     return {name for name in names if name not in without and not name.startswith(prefixes)}
 
 

@@ -81,13 +81,6 @@ def check_size(size: int) -> None:
         raise ValueError(f"image size {size}: must be at least {MIN_SIZE} pixels, a patch")
 
 
-def _unit_range(values: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
-    """values / the smallest of `ranges` that holds the largest of them, in [0, 1]; float32."""
-    values = np.nan_to_num(values.astype(np.float32))
-    top = float(values.max())
-    return np.clip(values / next((r for r in ranges if top <= r), top), 0, 1)
-
-
 def is_deep(image: Image.Image) -> bool:
     """Whether it holds more than 8 bits, always in one channel."""
     return image.mode == "F" or image.mode.startswith("I")
@@ -96,16 +89,18 @@ def is_deep(image: Image.Image) -> bool:
 def extremes(path: Path) -> tuple[float, float, bool] | None:
     """The least and largest value of an image of more than 8 bits, and whether they are floats.
 
-    returns: None for an image of 8 bits; (-inf, inf) if a value is infinite or NaN.
-    raises:  ValueError, naming the file, if it cannot be read.
+    returns: None for an image of 8 bits, or one that cannot be read: that is reported when it is
+             decoded; (-inf, inf) if a value is infinite or NaN.
     """
     try:
         with open_regular(path) as file, Image.open(file) as image:
             if not is_deep(image):
                 return None
-    except Exception:  # said when it is decoded
+        loaded = _load(path)
+    except MemoryError:
+        raise
+    except Exception:
         return None
-    loaded = _load(path)
     values = np.asarray(loaded, np.float64)
     whole = bool(np.isfinite(values).all())
     least, most = float(values.min()), float(values.max())
@@ -196,7 +191,9 @@ def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -
         mask = _rgb(mask, "black")
     values = np.asarray(mask)
     values = values.max(axis=2) if values.ndim == 3 else values
-    inside = _unit_range(values, (1, 255, 65535)) > 0.5 if values.any() else values > 0
+    known = np.nan_to_num(values.astype(np.float32))
+    top = next((r for r in (1, 255, 65535) if known.max() <= r), known.max())
+    inside = known / top > 0.5
     if values.any() and not inside.any():
         raise ValueError(f"{path}: no value above half, largest {values.max()}; write 0 and 255")
     small = Image.fromarray(inside.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
@@ -207,7 +204,7 @@ LEFT_OUT_SHOWN = 20  # lines on the screen
 
 
 def tell(reasons: Sequence[str], where: str) -> None:
-    """Say what --skip-bad leaves out.   where: all of it can be read."""
+    """Print what --skip-bad leaves out.   where: the whole list is to be found."""
     for reason in reasons[:LEFT_OUT_SHOWN]:
         notify(f"left out: {' '.join(reason.split())[:300]}")
     if len(reasons) > LEFT_OUT_SHOWN:
@@ -215,7 +212,7 @@ def tell(reasons: Sequence[str], where: str) -> None:
 
 
 def _tell(unreadable: dict[int, str], left_out: list[str] | None) -> None:
-    """The same, handed on."""
+    """Print the reasons, and append them to `left_out`."""
     tell(list(unreadable.values()), "the results.md of a run names all of them")
     if left_out is not None:
         left_out += unreadable.values()
@@ -250,7 +247,7 @@ def decode(
     check_size(size)
 
     def read(files: Files) -> np.ndarray:
-        return read_image(files[0], size, *([window] if window else []))
+        return read_image(files[0], size, window)
 
     images, unreadable = cached(
         [(path,) for path in paths],

@@ -22,16 +22,9 @@ PAPER = {  # of section 4.1, in this order
 }
 
 
-def counts(dataset: layouts.Dataset) -> tuple[int, ...]:
-    """Images and masks of a data set, as in COLUMNS."""
-    abnormal = sum(sample.label for sample in dataset.test)
-    masks = sum(sample.mask is not None for sample in dataset.test)
-    return len(dataset.train), len(dataset.test) - abnormal, abnormal, masks
-
-
 def compared(dataset: layouts.Dataset) -> str:
-    """A line for what is there, one for each set of the paper, and which it is or is nearest to."""
-    here = counts(dataset)
+    """The folder's counts, those of the paper's sets, and which of these is the nearest."""
+    here = dataset.counts
     rows = {"here": here, **PAPER}
     lines = [f"{dataset.root}: {dataset.layout}", f"{'':14}" + "".join(f"{c:>16}" for c in COLUMNS)]
     lines += [f"{name:14}" + "".join(f"{n:16,}" for n in row) for name, row in rows.items()]

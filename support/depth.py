@@ -47,7 +47,7 @@ def window_of_set(
     deep = [path for path in paths if path.suffix.lower() not in EIGHT_BITS]
     least, most, floating, found = math.inf, -math.inf, False, 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looked = pool.map(_extremes, deep)
+        looked = pool.map(extremes, deep)
         for path, values in zip(deep, progress(looked, len(deep), "value ranges"), strict=True):
             if values is None:
                 continue
@@ -55,8 +55,8 @@ def window_of_set(
             if values[0] < 0:
                 what = "infinite or NaN" if math.isinf(values[0]) else "negative"
                 raise ValueError(
-                    f"{path}: holds {what} values; which are black and which are white? "
-                    "--window LOW,HIGH (for soft tissue in CT -160,240)"
+                    f"{path}: holds {what} values; set those of black and white with "
+                    "--window LOW,HIGH (for soft tissue in CT: -160,240)"
                 )
             least, most = min(least, values[0]), max(most, values[1])
             floating = floating or values[2]
@@ -68,10 +68,3 @@ def window_of_set(
         f"and {window[1]:g} white in all of them (--window LOW,HIGH sets it)"
     )
     return window
-
-
-def _extremes(path: Path) -> tuple[float, float, bool] | None:
-    try:
-        return extremes(path)
-    except ValueError:  # said when it is decoded
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,12 @@ from encoder import ResNet18
 from igd import IGD
 from pmsacl import Pretraining
 from support import checks, healthy, layouts
-from support.depth import parse_window
+from support.compared import chosen
 from support.phantom import draw
 from support.progress import LONG, duration, notify, show, size_of
 from support.run import ranks
 
-HEAVY = 4e6  # pixels of a step's views: from here on a CPU takes seconds for one
+HEAVY = 4e6  # pixels of a step's views; a CPU takes seconds for a step with more
 
 
 def dry_run(config: Any, folder: Path) -> None:
@@ -30,11 +31,8 @@ def dry_run(config: Any, folder: Path) -> None:
     if config.data:
         dataset = layouts.discover(Path(config.data).resolve(), seed=config.seed)
         dataset.check_test()
-        parse_window(config.window)
         checks.at_the_start(config, folder, dataset)
-        abnormal = sum(sample.label for sample in dataset.test)
-        train, normal = len(dataset.train), len(dataset.test) - abnormal
-        masks = sum(sample.mask is not None for sample in dataset.test)
+        train, normal, abnormal, masks = dataset.counts
         lines = [f"{dataset.root}: {dataset.layout}"]
         for kind in dict.fromkeys(sample.kind for sample in dataset.test):
             of_kind = [sample for sample in dataset.test if sample.kind == kind]
@@ -74,7 +72,7 @@ def tell_how_long(config: Any, count: int) -> None:
     left = per_step * training.total
     notify(f"one step takes {per_step:.0f} s here, {training.total} steps about {duration(left)}")
     if left > LONG:
-        notify("that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish")
+        notify("that is long for a CPU: use --preset quick (64 px, few epochs) or a GPU")
 
 
 def _trainings(config: Any, count: int) -> Iterator[Any]:
@@ -85,27 +83,13 @@ def _trainings(config: Any, count: int) -> Iterator[Any]:
     size = config.image_size
     image = np.random.default_rng(config.seed).integers(0, 256, (1, 3, size, size), np.uint8)
     images = np.broadcast_to(image, (count, 3, size, size))
-    local = config.local == "yes" or (config.local == "auto" and size > 64)
-    both = [False, True] if local and config.detector != "padim" else [False]
+    both = [False, True] if config.local_igd else [False]
+    no_pass = dataclasses.replace(config, centres="random", warmup_epochs=0)  # over the images
     for patches in both:
-        training = Pretraining(images, config, local=patches)
-        width = training.encoder.f_gamma.in_features
-        training.c = torch.nn.functional.normalize(
-            torch.randn(config.classes, width, generator=training.draws(8)), dim=1
-        ).to(training.device)
-        training.centres_due = lambda: False  # type: ignore[method-assign]
-        yield training
-    if config.detector != "padim":
+        yield Pretraining(images, no_pass, local=patches)
+    if "igd" in chosen(config.detector):
         networks = [ResNet18().to(config.device) for _ in both]
-        igd = IGD(
-            *networks,
-            image_size=size,
-            epochs=config.igd_epochs,
-            local_epochs=config.igd_local_epochs,
-            batch_size=config.igd_batch_size,
-            patches=config.igd_patches,
-            width=config.igd_width,
-        )
+        igd = IGD(*networks, **config.igd_settings())
         for of_igd in igd.trainings(images):
             of_igd.estimate = lambda: None  # type: ignore[method-assign]
             for model in igd.models.values():

@@ -25,7 +25,7 @@ from support.tsne import tsne
 POINTS = 40  # of a class of views, and of the normal and the abnormal test images
 LEAST = 12  # points: fewer say nothing
 SIDE, SCALE = 640, 2  # pixels of the plot; it is drawn larger and reduced, for smooth edges
-# Colours that differ for every kind of colour vision, and a shape beside each.
+# Colours that differ for every kind of colour vision, each with a shape of its own.
 COLOURS = ("#0b4f9e", "#e69f00", "#009e73", "#cc3377", "#56b4e9", "#8c564b", "#777777")
 SHAPES = ("circle", "square", "triangle", "diamond")
 
@@ -48,7 +48,7 @@ def draw_features(
     for n in range(1, config.classes):
         groups[f"A_{n}"] = augment(x, torch.full((len(x),), n), generator)[0]
     if test is not None:
-        y = np.array([sample.label for sample in dataset.test], bool)
+        y = dataset.labels
         for name, members in (("test, normal", ~y), ("test, abnormal", y)):
             index = np.flatnonzero(members)
             groups[name] = to_unit(test[index[spread_out(len(index))]], "cpu")

@@ -26,6 +26,7 @@ _INFERNO = np.array(  # dark is low, bright is high, for every kind of colour vi
     [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21),
      (250, 193, 39), (252, 255, 164)]
 )  # fmt: skip
+VERDICTS = (("passed", "false alarm"), ("missed", "found"))  # [abnormal][judged abnormal]
 GREEN, RED, YELLOW, CYAN = (40, 160, 60), (215, 40, 40), (255, 225, 0), (0, 235, 235)
 
 
@@ -170,14 +171,13 @@ def localisation_figure(
     returns: green frames around images that are judged correctly, red around the others (Fig. 5).
     """
     low, high = row["map_scale"]
-    verdicts = {(0, 0): "passed", (0, 1): "false alarm", (1, 0): "missed", (1, 1): "found"}
     framed, columns = [], []
     for i in cases:
         predicted, label = int(scores[i] >= row["threshold"]), samples[i].label
         framed.append(picture(images[i], side))
         box, colour = (0, 0, side - 1, side - 1), GREEN if predicted == label else RED
         ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
-        columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {verdicts[label, predicted]}")
+        columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {VERDICTS[label][predicted]}")
     heat = [overlay(images[i], maps[i], (low, high), side) for i in cases]
     cells = {"image": framed, "heat map": heat}
     note = (
@@ -196,6 +196,23 @@ def localisation_figure(
         list(cells.values()), rows=list(cells), columns=columns, title=title, note=note,
         side=side, text=text,
     )  # fmt: skip
+
+
+def reconstruction_figure(x: Array, x_tilde: Array, heads: Sequence[str], name: str) -> Image.Image:
+    """Images, their reconstructions and the size of the difference, a column for each image.
+
+    x, x_tilde: (N, 3, S, S) in [0, 1].   heads: above the columns, or none.   name: the detector's.
+    """
+    difference = np.abs(x - x_tilde).mean(axis=1)  # (N, S, S), over the colours
+    white = max(float(difference.max()), 1e-6)
+    cells: list[list[Array]] = [[(255 * y).astype(np.uint8) for y in ys] for ys in (x, x_tilde)]
+    cells.append([np.round(255 * d / white).astype(np.uint8) for d in difference])
+    note = (
+        "Difference: |image - reconstruction|, mean over the colours, from black, 0, to white, "
+        f"{white:.2g} (an image goes from 0 to 1); one scale for all columns."
+    )
+    rows = ("image", "reconstruction", "difference")
+    return image_grid(cells, rows=rows, columns=heads, title=name, note=note)
 
 
 BAR = 14  # pixels that the colour bar of an overlay is wide

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from baselines.lesion_classifier import LesionClassifier
 from baselines.pretraining import UNTRAINED
 from detectors import PaDiM
-from encoder import Encoder, ResNet18, seeded
+from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
 from igd import IGD
 from pmsacl import pretrain
@@ -36,7 +36,9 @@ from support.compared import chosen, fit
 from support.depth import window_of_set
 from support.dryrun import dry_run, tell_how_long
 from support.features import draw_features
+from support.figures import reconstruction_figure, write_all
 from support.options import Config, parse, resolve
+from support.paper_figures import views_figure
 from support.progress import complain, notify, progress, show
 from support.readers import read_config
 from support.report import write_report
@@ -53,7 +55,6 @@ from support.run import (
     wait_for_all,
     write_file,
 )
-from support.run_figures import draw_reconstructions, draw_views
 from support.tables import write_results
 from support.together import assist, batch_of_all, offered
 from support.training import train
@@ -70,7 +71,7 @@ class Images:
     masks: np.ndarray | None  # (M, S, S)
     known: np.ndarray | None  # (M,) bool
     healthy: np.ndarray  # (H, 3, S, S) uint8, of healthy images that train nothing   [P!§3.3 R29]
-    notes: tuple[str, ...] = ()  # on the data, for results.md
+    notes: tuple[str, ...] = ()  # about the data, for results.md
 
 
 def prepare(config: Config, folder: Path) -> Images:
@@ -109,7 +110,7 @@ def prepare(config: Config, folder: Path) -> Images:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on beside its options."""
+    """What the numbers of a run depend on besides its options."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -125,7 +126,7 @@ def versions() -> dict[str, str]:
 
 
 def main_job(config: Config, folder: Path) -> None:
-    """Pre-train, fit the detectors, evaluate them beside the untrained network, report."""
+    """Pre-train, fit the detectors, evaluate them and the untrained network, report."""
     seconds: dict[str, float] = {}
     with first_process_first():  # it draws and decodes, the others read
         images = prepare(config, folder)
@@ -135,12 +136,14 @@ def main_job(config: Config, folder: Path) -> None:
 
     began = time.monotonic()
     encoder, init = pretrained(images.train, config, folder)
-    local = has_local_model(config)
-    patches = pretrained(images.train, config, folder, local=True)[0] if local else None
+    patches = None
+    if config.local_igd:
+        patches, _ = pretrained(images.train, config, folder, local=True)
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return fit_together(encoder, patches, images, config, folder)  # the first does the rest
-    draw_views(images.train, config, images.dataset.root.name, folder)
+    shown = views_figure(images.train, config, f"{images.dataset.root.name}, {config.method}")
+    write_all(folder, {config.strong: shown})
     draw_features(encoder, images.train, images.test, images.dataset, config, folder)
     extra: dict[str, Any] = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
@@ -162,7 +165,7 @@ def main_job(config: Config, folder: Path) -> None:
 def end_without_test(
     detectors: dict[str, Any], images: Images, results: dict[str, Any], folder: Path
 ) -> None:
-    """Write what there is to say without test images, and how to go on."""
+    """Write the results without test images, and print how to score some."""
     results["healthy"] = healthy.summary(detectors)
     write_results(folder, results)
     write_report(folder, images.dataset, results)
@@ -202,12 +205,6 @@ def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
     return encoder.to(device).eval(), f"the encoder of {folder.name}"
 
 
-def has_local_model(config: Config) -> bool:
-    """Whether there is IGD, with a model of patches.   [P:§4.2]"""
-    wanted = config.local == "yes" or (config.local == "auto" and config.image_size > 64)
-    return "igd" in chosen(config.detector) and wanted
-
-
 def fit_detectors(
     encoder: Encoder,
     patches: Encoder | None,
@@ -230,9 +227,7 @@ def fit_detectors(
         else:
             detector = fit(name, encoder.backbone, images.train, dataclasses.asdict(config), folder)
         if hasattr(detector, "reconstruct"):
-            labels = None if images.test is None else [s.label for s in images.dataset.test]
-            shown = images.train if images.test is None else images.test
-            draw_reconstructions(name, detector, shown, labels, folder)
+            draw_reconstructions(name, detector, images, folder)
         file = folder / (f"detector_{name}.pt" if detectors else "detector.pt")
         detectors[name] = with_healthy(detector, images, name, file)
         seconds[name] = time.monotonic() - began
@@ -265,7 +260,7 @@ def untrained(config: Config) -> ResNet18:
 
 
 def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict[str, Any]:
-    """How well fake lesions are found, with the encoder and with the untrained one; said."""
+    """How well fake lesions are found, with the encoder and with the untrained one; printed."""
     fakes: dict[str, Any] = fake_lesions(encoder.backbone, images.train, seed=config.seed)
     fakes["untrained"] = fake_lesions(untrained(config), images.train, seed=config.seed)
     auroc, aupro = (
@@ -277,13 +272,12 @@ def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict
 
 def fit_padim(backbone: ResNet18, images: np.ndarray, config: Config) -> PaDiM:
     """PaDiM on this network, with its progress shown."""
-
-    def track(steps: Iterable[int]) -> Iterable[int]:
-        batches = list(steps)
-        return progress(batches, len(batches), "fit PaDiM")
-
     wait_for_all()
-    return PaDiM(backbone, seed=config.seed).fit(images, track=track, group=dist.group.WORLD)
+    return PaDiM(backbone, seed=config.seed).fit(
+        images,
+        track=lambda steps: progress(steps, len(steps), "fit PaDiM"),
+        group=dist.group.WORLD,
+    )
 
 
 def with_healthy(detector: Any, images: Images, name: str, file: Path) -> Any:
@@ -291,13 +285,11 @@ def with_healthy(detector: Any, images: Images, name: str, file: Path) -> Any:
     detector.healthy = healthy.measure(detector, images.healthy, name)
     content = io.BytesIO()
     detector.save(content)
+    content.seek(0)
+    state = torch.load(content, weights_only=True)
     if detector.healthy is not None:
-        content.seek(0)
-        state = torch.load(content, weights_only=True)
         state["healthy"] = healthy.to_state(detector.healthy)
-        content = io.BytesIO()
-        torch.save(state, content)
-    write_file(file, content.getbuffer())
+    save_atomically(state, file)
     return detector
 
 
@@ -305,57 +297,57 @@ def fit_igd(
     encoder: Encoder, patches: Encoder | None, images: Images, config: Config, folder: Path
 ) -> IGD:
     """IGD from the pre-trained encoders; its logs.   [P:§3.3]"""
-    igd = IGD(
-        encoder.backbone,
-        patches.backbone if patches else None,
-        image_size=config.image_size,
-        epochs=config.igd_epochs,
-        local_epochs=config.igd_local_epochs,
-        batch_size=config.igd_batch_size,
-        patches=config.igd_patches,
-        lr=config.igd_lr,
-        encoder_lr=config.igd_encoder_lr,
-        warmup=config.igd_warmup,
-        width=config.igd_width,
-        seed=config.seed,
-    )
+    local = patches.backbone if patches else None
+    igd = IGD(encoder.backbone, local, **config.igd_settings())
     for training in igd.trainings(images.train, dist.group.WORLD):
         wait_for_all()
-        local = training.name.endswith("local")
-        checkpoint = folder / ("checkpoint_igd_local.pt" if local else "checkpoint_igd.pt")
-        train(training, checkpoint, folder / f"log_igd_{'local' if local else 'global'}.csv")
+        which = training.which
+        checkpoint = "checkpoint_igd_local.pt" if which == "local" else "checkpoint_igd.pt"
+        train(training, folder / checkpoint, folder / f"log_igd_{which}.csv")
     return igd
 
 
 # --- what the screen and the folder show of it -------------------------------------------------
 
 
+def draw_reconstructions(name: str, detector: Any, images: Images, folder: Path) -> None:
+    """figures/reconstruction_NAME.png: three test images of each class, or six training images."""
+    shown, drawn, heads = images.train, np.arange(min(6, len(images.train))), []
+    if images.test is not None:
+        shown, y = images.test, images.dataset.labels
+        drawn = np.sort(np.r_[np.flatnonzero(~y)[:3], np.flatnonzero(y)[:3]])
+        heads = ["abnormal" if y[i] else "normal" for i in drawn]
+    x = to_unit(shown[drawn], detector.device)
+    with torch.no_grad():
+        x_tilde = detector.reconstruct(x)
+    figure = reconstruction_figure(x.cpu().numpy(), x_tilde.cpu().numpy(), heads, name)
+    write_all(folder, {f"reconstruction_{name}": figure})
+
+
 def plan(config: Config, images: Images, folder: Path) -> str:
     """What is about to happen, in a few lines."""
     dataset = images.dataset
-    abnormal = sum(sample.label for sample in dataset.test)
-    masks = sum(sample.mask is not None for sample in dataset.test)
+    train, normal, abnormal, masks = dataset.counts
+    views = 2 * config.classes * config.batch_size
     return (
-        f"{dataset.root}: {dataset.layout}; {len(dataset.train)} healthy training images, "
+        f"{dataset.root}: {dataset.layout}; {train} healthy training images, "
         f"{len(images.healthy)} healthy ones kept out (--healthy-share), "
-        f"{len(dataset.test) - abnormal} normal and {abnormal} abnormal test images, "
-        f"{masks} masks\n"
+        f"{normal} normal and {abnormal} abnormal test images, {masks} masks\n"
         f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
-        "batches of "
-        f"{config.batch_size} images ({2 * config.classes * config.batch_size} views) at "
-        f"{config.image_size} px on {config.device}; results go to {folder}"
+        f"batches of {config.batch_size} images ({views} views) at {config.image_size} px on "
+        f"{config.device}; results go to {folder}"
     )
 
 
 def warn_of_near_duplicates(images: Images) -> None:
-    """Say so if test images are nearly the same as training images."""
+    """Warn if test images are nearly the same as training images."""
     if images.test is None or not (pairs := near_duplicates(images.train, images.test)):
         return
     test, train = pairs[0]
     dataset = images.dataset
     notify(
         f"warning: {len(pairs)} test images are nearly the same as a training image, such as "
-        f"{dataset.test[test].path} and {dataset.train[train]}: the results may be too good"
+        f"{dataset.test[test].path} and {dataset.train[train]}: the results may be optimistic"
     )
 
 
@@ -381,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("pmsacl.py", lack(error))
     except KeyboardInterrupt:
         begun = folder and (folder / "config.json").exists()
-        go_on = f"; go on with  python pmsacl.py --resume {folder}" if begun else ""
+        go_on = f"; continue with  python pmsacl.py --resume {folder}" if begun else ""
         notify(f"\ninterrupted{go_on}")
         return 130
     return 0

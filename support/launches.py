@@ -1,9 +1,9 @@
-"""What a GPU would be told and waited for in a training step, counted without one.
+"""The launches and waits of a training step on a GPU, counted without one.
 
 Tensors on the meta device stand for those of a GPU: they have no numbers, so whatever asks for one
 is found. A launch is an operation of ATen on such tensors that is no view; CUDA may take two for
 it. A wait is for a number or a shape that only the GPU knows, or for a copy to it, unless that is
-told not to be waited for and its memory is pinned, or SMALL: then it is staged at once.
+non_blocking and its memory is pinned, or SMALL: then it is staged at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Launches(TorchDispatchMode):
         self.pinned: list[Tensor] = []
 
     def __enter__(self) -> Any:
-        """Numbers of Python that become a tensor on a GPU are copied there, and waited for."""
+        """A tensor made on a GPU from Python numbers is copied there, and waited for."""
         new_tensor, tensor = Tensor.new_tensor, torch.tensor
 
         def counted_new(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -85,10 +85,10 @@ class Launches(TorchDispatchMode):
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if not any(t.is_meta for t in given + made):
             return result
-        told = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+        unblocked = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
         for host in (t for t in given if not t.is_meta and (t.ndim or name == "_to_copy")):
             staged = host.nbytes <= SMALL or any(host is t for t in self.pinned)
-            self._count(self.waits, not (told and staged))
+            self._count(self.waits, not (unblocked and staged))
         view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         self._count(self.launches, not view and name not in NO_KERNEL)
         return result

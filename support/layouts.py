@@ -65,9 +65,20 @@ class Dataset:
         return [*self.train, *(sample.path for sample in self.test)]
 
     @property
+    def labels(self) -> np.ndarray:
+        """(N,) bool of the test images: true where abnormal."""
+        return np.array([sample.label for sample in self.test], bool)
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Training images, normal test images, abnormal ones, and how many of these have a mask."""
+        abnormal = sum(sample.label for sample in self.test)
+        masks = sum(sample.mask is not None for sample in self.test)
+        return len(self.train), len(self.test) - abnormal, abnormal, masks
+
+    @property
     def has_masks(self) -> bool:
-        """Whether any abnormal test image has a mask: pixel measures need one."""
-        return any(s.mask is not None for s in self.test)
+        return self.counts[-1] > 0
 
     def check_test(self, count: int | None = None) -> None:
         """raises: ValueError if the test images, where there are any, are not two of each class.
@@ -76,8 +87,7 @@ class Dataset:
         """
         if count not in (None, len(self.test)):
             raise ValueError(f"{count} images for {len(self.test)} test samples")
-        abnormal = sum(s.label for s in self.test)
-        normal = len(self.test) - abnormal
+        _, normal, abnormal, _ = self.counts
         if self.test and min(normal, abnormal) < 2:
             kinds = ", ".join(f"{k}/" for k in dict.fromkeys(s.kind for s in self.test))
             raise ValueError(
@@ -158,7 +168,7 @@ def walk(
     above = [parent.stat() for parent in Path(root).resolve().parents]
     seen = {(place.st_dev, place.st_ino) for place in above}
     entered = 0
-    began, told = time.monotonic(), False
+    began, notified = time.monotonic(), False
     for parent, folders, files in os.walk(root, onerror=failed, followlinks=True):
         try:
             place = os.stat(parent)
@@ -172,9 +182,9 @@ def walk(
         entered += 1
         if entered > most:
             raise ValueError(f"{root}: more than {most:,} folders; name the data set's own folder")
-        if not told and time.monotonic() - began > 2:
+        if not notified and time.monotonic() - began > 2:
             notify(f"looking through the folders below {root}")
-            told = True
+            notified = True
         folders.sort()
         yield Path(parent), folders, files
 
@@ -193,7 +203,7 @@ def _folders(folder: Path) -> dict[str, Path]:
 
 
 def _key(name: str) -> str:
-    """A name as it is compared: macOS stores accents apart from their letters, others do not."""
+    """A name for comparisons: macOS stores accents as separate characters, others do not."""
     return _composed(name).lower()
 
 

@@ -121,7 +121,7 @@ def _detector(name: str, s: Array, new: NewImages) -> Section:
 
 
 def _origin(judge: Any) -> str:
-    """Where the threshold comes from, beside what the healthy images say."""
+    """Where the threshold comes from, and its percentile among the healthy images."""
     healthy, threshold = judge.healthy, judge.threshold
     if threshold == healthy.threshold:
         return (

@@ -31,11 +31,11 @@ CENTRED = {"ctr", "pmsacl"}  # the terms that need the centres of eq. 2
 def _option(
     default: Any,
     text: str,
-    choices: Iterable[str] = (),
-    *,
-    above: float = -math.inf,
     least: float = -math.inf,
     most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    choices: Iterable[str] = (),
 ) -> Any:
     """A field of Config: its default, its help, and the values that it may have."""
     checks = {"choices": tuple(choices), "above": above, "least": least, "most": most}
@@ -72,91 +72,80 @@ class Config:
     # images and results
     data: str = _option("", "folder of images (default: phantom images are drawn)")
     out: str = _option("", "run folder (default: the next free runs/NAME)")
-    preset: str = _option("", "default: paper with --data, else quick", ["", *PRESETS])
-    image_size: int = _option(
-        256, "pixels a side, a multiple of 32", least=32, most=4096
-    )  # [P:§4.2]
+    preset: str = _option("", "default: paper with --data, else quick", choices=["", *PRESETS])
+    image_size: int = _option(256, "pixels a side, a multiple of 32", 32, 4096)  # [P:§4.2]
     skip_bad: bool = _option(False, "leave unreadable files out instead of stopping")
-    allow_duplicates: bool = _option(False, "go on if an image is in two sets or listed twice")
+    allow_duplicates: bool = _option(False, "continue if an image is in two sets or listed twice")
     window: str = _option("", "LOW,HIGH: black and white in files of more than 8 bits (CT: needed)")
     # pre-training: the loss
-    method: str = _option("pmsacl", "the pre-training", METHODS)  # [P:Tab.9]
-    terms: str = _option("ctr,pmsacl,aug", "of eq. 1, comma-separated")  # [P!(1) R13]
+    method: str = _option("pmsacl", "the pre-training", choices=METHODS)  # [P:Tab.9]
+    terms: str = _option("ctr,pmsacl,aug", "terms of eq. 1, comma-separated")  # [P!(1) R13]
     local_terms: str = _option("ctr,pmsacl,aug,pos", "the same, for 32 px patches")  # [P!(9) R13]
-    classes: int = _option(4, "|A|: 0 to |A| - 1 lesions", least=1, most=1024)  # [P!§3.1 R1]
-    tau: float = _option(0.2, "temperature", least=1e-3, most=1e3)  # [P!(7) R3]
-    alpha: float = _option(
-        2.0, "weakens the repulsion within a class", least=1e-3, most=1e3
-    )  # [P!(7) R3]
+    classes: int = _option(4, "|A|: 0 to |A| - 1 lesions", 1, 1024)  # [P!§3.1 R1]
+    tau: float = _option(0.2, "temperature", 1e-3, 1e3)  # [P!(7) R3]
+    alpha: float = _option(2.0, "weakens the repulsion within a class", 1e-3, 1e3)  # [P!(7) R3]
     positive_scale: str = _option("kappa", "kappa, tau or a number")  # [P!(5) R2]
-    features: str = _option("unit", "z on the unit sphere, or raw", ["unit", "raw"])  # [P!(3) R20]
-    centre_weight: float = _option(1.0, "factor of l_ctr", least=0, most=1e6)  # [P!(1) R20]
+    features: str = _option(  # [P!(3) R20]
+        "unit", "z on the unit sphere, or raw", choices=["unit", "raw"]
+    )
+    centre_weight: float = _option(1.0, "weight of l_ctr", 0, 1e6)  # [P!(1) R20]
     centres: str = _option(  # [P:Tab.10]
-        "untrained", "of the classes", ["untrained", "random", "equidistant", "re-estimated"]
+        "untrained",
+        "centres of the classes",
+        choices=["untrained", "random", "equidistant", "re-estimated"],
     )
-    warmup_epochs: int = _option(
-        0, "before the centres and what needs them", least=0, most=10**6
-    )  # [P!(2) R20]
-    aug_head: str = _option(
-        "backbone", "what f_beta sees", ["backbone", "projection"]
-    )  # [P!(8) R17]
+    warmup_epochs: int = _option(  # [P!(2) R20]
+        0, "epochs before the centres are computed and their terms join", 0, 10**6
+    )
+    aug_head: str = _option(  # [P!(8) R17]
+        "backbone", "what f_beta sees", choices=["backbone", "projection"]
+    )
     # pre-training: the views
-    strong: str = _option("medmix", "strong augmentation", STRONG)  # [P:Fig.6]
-    lesion_area: str = _option("0.005,0.08", "least and most, shares of the image")  # [P!§4.2 R12]
-    weak: str = _option("simclr", "weak augmentation", ["simclr", "ccd"])  # [P!§4.2 R16]
+    strong: str = _option("medmix", "strong augmentation", choices=STRONG)  # [P:Fig.6]
+    lesion_area: str = _option("0.005,0.08", "minimum and maximum image share")  # [P!§4.2 R12]
+    weak: str = _option("simclr", "weak augmentation", choices=["simclr", "ccd"])  # [P!§4.2 R16]
     crop_area: float = _option(  # [P!§4.2 R16]
-        0.0, "smallest crop, a share of the image; 0: that of --weak", least=0, most=1
+        0.0, "smallest crop, as a share of the image; 0: that of --weak", 0, 1
     )
-    jitter: float = _option(1.0, "factor of the colour jitter", least=0, most=10)  # [P!§4.2 R16]
+    jitter: float = _option(1.0, "factor of the colour jitter", 0, 10)  # [P!§4.2 R16]
     # pre-training: the optimiser
-    encoder: str = _option("", "another run, whose encoders are taken instead of training")
+    encoder: str = _option("", "use the encoders of this other run instead of training")
     init: str = _option("auto", "start weights: auto, imagenet, random or a FILE")  # [P!§4.2 R14]
-    epochs: int = _option(2000, "passes over the images", least=1, most=10**6)  # [P!§4.2 R15]
-    batch_size: int = _option(
-        32, "images; views are 2 |A| times as many", least=2, most=2**16
-    )  # [P:§4.2]
+    epochs: int = _option(2000, "passes over the images", 1, 10**6)  # [P!§4.2 R15]
+    batch_size: int = _option(32, "images; 2 |A| times as many views", 2, 2**16)  # [P:§4.2]
     lr: float = _option(0.01, "learning rate at the start", above=0, most=RATE)  # [P:§4.2]
-    lr_end: float = _option(1e-5, "at the end of the cosine", above=0, most=RATE)  # [P!§4.2 R15]
-    local_lr: float = _option(
-        0.1, "at the start, for 32 px patches", above=0, most=RATE
-    )  # [P!§4.2 R15]
-    momentum: float = _option(0.9, "of SGD", least=0, most=0.9999)  # [P!§4.2 R15]
-    weight_decay: float = _option(3e-4, "of SGD", least=0, most=1)  # [P!§4.2 R15]
+    lr_end: float = _option(1e-5, "learning rate at the end", above=0, most=RATE)  # [P!§4.2 R15]
+    local_lr: float = _option(  # [P!§4.2 R15]
+        0.1, "learning rate at the start, for 32 px patches", above=0, most=RATE
+    )
+    momentum: float = _option(0.9, "momentum of SGD", 0, 0.9999)  # [P!§4.2 R15]
+    weight_decay: float = _option(3e-4, "weight decay of SGD", 0, 1)  # [P!§4.2 R15]
     # detectors
     healthy_share: float = _option(  # [P!§3.3 R29]
-        0.1, "of the healthy images, 10 or more, train nothing: they give scores a percentile",
-        least=0, most=0.5,
-    )  # fmt: skip
-    detector: str = _option("padim", f"what scores the images: both, or some of {', '.join(NAMES)}")
+        0.1, "share of the healthy images, 10 or more, held out: scores get percentiles", 0, 0.5
+    )
+    detector: str = _option("padim", f"both (padim,igd), or some of {', '.join(NAMES)}")
     detector_epochs: int = _option(
-        0, "of each training of a compared detector; 0: its own", least=0, most=10**6
+        0, "epochs of each compared detector's trainings; 0: its default", 0, 10**6
     )
-    detector_lr: float = _option(0.0, "of each compared detector; 0: its own", least=0, most=RATE)
-    denoise: float = _option(0.0, "share of pixels hidden from dae in training", least=0, most=1)
-    local: str = _option("auto", "IGD's local model; auto: above 64 px", ["auto", "yes", "no"])
-    igd_epochs: int = _option(
-        IGD.epochs, "of IGD's global model", least=1, most=10**6
-    )  # [P!§4.2 R21]
-    igd_local_epochs: int = _option(IGD.local_epochs, "of its local model", least=1, most=10**6)
-    igd_batch_size: int = _option(
-        IGD.batch_size, "images in a step of the global model", least=2, most=2**16
+    detector_lr: float = _option(0.0, "learning rate of these; 0: their default", 0, RATE)
+    denoise: float = _option(0.0, "share of pixels hidden from dae in training", 0, 1)
+    local: str = _option(
+        "auto", "IGD's local model; auto: above 64 px", choices=["auto", "yes", "no"]
     )
-    igd_patches: int = _option(
-        IGD.patches, "patches in a step of the local model", least=2, most=10**6
-    )
-    igd_lr: float = _option(IGD.lr, "of IGD's Adam, at the start", above=0, most=RATE)
+    igd_epochs: int = _option(IGD.epochs, "epochs of IGD's global model", 1, 10**6)  # [P!§4.2 R21]
+    igd_local_epochs: int = _option(IGD.local_epochs, "epochs of IGD's local model", 1, 10**6)
+    igd_batch_size: int = _option(IGD.batch_size, "images in a step of the global model", 2, 2**16)
+    igd_patches: int = _option(IGD.patches, "patches in a step of the local model", 2, 10**6)
+    igd_lr: float = _option(IGD.lr, "learning rate of IGD at the start", above=0, most=RATE)
     igd_encoder_lr: float = _option(
-        IGD.encoder_lr, "of the pre-trained encoders in it", above=0, most=RATE
+        IGD.encoder_lr, "the same, of the encoders in IGD", above=0, most=RATE
     )
-    igd_warmup: float = _option(
-        IGD.warmup, "share of --igd-epochs before eq. 12 joins", least=0, most=1
-    )
-    igd_width: int = _option(
-        IGD.width, "channels of its decoder and critic at full size", least=1, most=1024
-    )
-    paper_protocol: bool = _option(False, "keep validation images in the test")  # [P!§4.3 R8]
+    igd_warmup: float = _option(IGD.warmup, "share of --igd-epochs before eq. 12 joins", 0, 1)
+    igd_width: int = _option(IGD.width, "channels of IGD's networks at full size", 1, 1024)
+    paper_protocol: bool = _option(False, "also measure images that set thresholds")  # [P!§4.3 R8]
     # the machine
-    seed: int = _option(0, "of every random draw", least=0, most=2**64 - 1)
+    seed: int = _option(0, "of all random numbers", 0, 2**64 - 1)
     device: str = _option("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:
@@ -172,6 +161,18 @@ class Config:
     def names_of_terms(self, local: bool) -> tuple[str, ...]:
         """Of eq. 1, for the encoder of images or for that of patches."""
         return tuple((self.local_terms if local else self.terms).split(","))
+
+    @property
+    def local_igd(self) -> bool:
+        """Whether there is IGD, with a local model of 32 px patches.   [P:§4.2]"""
+        wanted = self.local == "yes" or (self.local == "auto" and self.image_size > 64)
+        return wanted and "igd" in chosen(self.detector)
+
+    def igd_settings(self) -> dict[str, Any]:
+        """The arguments of IGD: --igd-NAME is NAME there."""
+        names = [field.name for field in dataclasses.fields(self) if field.name.startswith("igd_")]
+        settings = {name.removeprefix("igd_"): getattr(self, name) for name in names}
+        return settings | {"image_size": self.image_size, "seed": self.seed}
 
 
 GROUPS = {  # titles of --help -> the first option of each group
@@ -192,15 +193,9 @@ def _check_value(config: Config, field: dataclasses.Field) -> None:
     if isinstance(value, str):
         return
     above, least, most = checks["above"], checks["least"], checks["most"]
-    if value > above and least <= value <= most:  # false for NaN
-        return
-    lower = f"above {above:g}" if above > -math.inf else f"{_text(least)} or above"
-    both = (
-        f"{lower}, {_text(most)} at most"
-        if above > -math.inf
-        else (f"from {_text(least)} to {_text(most)}")
-    )
-    raise _bad(config, field.name, lower if most == math.inf else both)
+    if not (value > above and least <= value <= most):  # so written, NaN is refused
+        lower = f"above {above:g}," if above > -math.inf else f"from {_text(least)} to"
+        raise _bad(config, field.name, f"{lower} {_text(most)}{' at most' * (above > -math.inf)}")
 
 
 def _text(bound: float) -> str:
@@ -296,14 +291,14 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         "--dry-run", action="store_true", default=None, help="print the plan, write nothing"
     )
     parser.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with this run (default: --out)"
+        "--resume", nargs="?", const="", metavar="RUN", help="continue this run (default: --out)"
     )
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     for name in ("data", "out"):
         if options.get(name) == "":  # of a shell's variable that is not set
             parser.error(f"argument --{name}: is empty")
     for name in {"data", "encoder"} & {name for name in options if options[name]}:
-        options[name] = str(Path(options[name]).resolve())  # a run may go on from elsewhere
+        options[name] = str(Path(options[name]).resolve())  # a run may be resumed from elsewhere
     if options.pop("as_printed"):
         options = AS_PRINTED | options
     return options, options.pop("resume", None)
@@ -335,7 +330,7 @@ def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     saved = {name: saved[name] for name in Config.__dataclass_fields__ if name in saved}
     begun = folder.is_dir() and not is_empty(folder)
     if resume and options.get("out", resume) != resume:
-        raise ValueError(f"--resume {resume} goes on in that folder: leave out --out")
+        raise ValueError(f"--resume {resume} resumes in that folder: leave out --out")
     if saved:
         saved.setdefault("healthy_share", 0.0)  # of an older version: everything trained
     if resume is not None and saved:

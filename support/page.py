@@ -1,6 +1,6 @@
 """The frame of report.html and of report_scored.html, and what their sections are made of.
 
-Style and script are in page.html beside this file. Without the script (in print, say) a page shows
+Style and script are in page.html. Without the script (in print, say) a page shows
 the verdicts at the run's own threshold.
 """
 
@@ -27,15 +27,15 @@ GLOSSARY = {
     "Score": "a number for each image; higher is more abnormal. Those of two detectors cannot be "
     "compared.",
     "Threshold": "an image is judged abnormal at this score or above. A few test images of both "
-    "classes set it, which are not among those measured; without test images it is the 95% point "
-    "of healthy images that trained nothing.",
-    "Percentile": "how many of 100 healthy images that trained nothing have a lower score.",
+    "classes set it, which are not among those measured; without test images it is the 95th "
+    "percentile of healthy images that were held out of the training.",
+    "Percentile": "how many of 100 held-out healthy images have a lower score.",
     "Sensitivity, specificity": "the share of abnormal images that are found, and of normal images "
     "that are passed, at the threshold.",
     "AUROC": "the probability that an abnormal image scores higher than a normal one, at no "
     "threshold: 0.5 is chance, 1 is perfect.",
-    "Interval": "where 95 of 100 such test sets would put the number, the network being the same.",
-    "Heat map": "the score of each place, from dark (as in normal images) to bright; all images of "
+    "Interval": "95% bootstrap interval over the test images, for the same network.",
+    "Heat map": "the score of each pixel, from dark (as in normal images) to bright; all images of "
     "a detector share one scale.",
     "IoU, Dice": "how much the predicted region and the lesion's mask overlap: 0 not at all, 1 "
     "wholly.",
@@ -43,7 +43,7 @@ GLOSSARY = {
     "thresholds with at most 30% false alarms among normal pixels.",
     "Untrained, trivial": "baselines: if they do as well, the pre-training has brought nothing.",
     "Spread, accuracy (training)": "the standard deviation of the features (near 0: they have "
-    "collapsed to a constant), and how often f_beta tells the number of fake lesions.",
+    "collapsed to a constant), and how often f_beta predicts the right number of fake lesions.",
 }
 
 

@@ -40,7 +40,7 @@ PICTURES = {1: "", 2: "", 3: "padim", 4: "igd", 5: "igd"}  # figure -> the paper
 SIDE, TEXT = 220, 20  # pixels of an image and of its letters: both are legible at half that size
 EXAMPLES = 3  # healthy images of Fig. 2
 TITLES = {"padim": "PaDiM", "igd": "IGD", "panda": "PANDA", "cutpaste": "CutPaste"}
-VERDICTS = {"judged correctly": figures.GREEN, "judged wrongly": figures.RED}
+FRAMES = {"judged correctly": figures.GREEN, "judged wrongly": figures.RED}
 PASTED = ("medmix", "cutout", "cutmix")  # what changes a part of the image, and says which
 
 
@@ -229,7 +229,7 @@ def views_figure(images: Array, config: Config, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector said of the N test images that are measured."""
+    """A detector's scores of the N test images that are measured."""
 
     row: Mapping[str, Any]  # of results.json
     images: Array  # (N, 3, S, S) uint8
@@ -289,7 +289,7 @@ def lesions_figure(run: Run, number: int, name: str) -> Image.Image:
         d.images[cases], maps, None if d.masks is None else d.masks[cases],
         [d.samples[i] for i in cases], d.scores[cases], d.row, range(len(cases)), title, SIDE, TEXT,
     )  # fmt: skip
-    key = dict(VERDICTS)
+    key = dict(FRAMES)
     if masked:
         key |= {"predicted lesion": figures.YELLOW, "true lesion": figures.CYAN}
     words = "" if masked else "Without masks, no prediction: nothing says how bright a lesion is."
@@ -308,7 +308,7 @@ def detections_figure(run: Run, columns: int = 6) -> Image.Image:
         cells.append([])
         for i in figures.choose_cases(d.scores, d.labels, d.scores == d.scores, lesions, normals):
             high, label = d.scores[i] >= d.row["threshold"], d.labels[i]
-            verdict = (("passed", "false alarm"), ("missed", "found"))[int(label)][int(high)]
+            verdict = figures.VERDICTS[int(label)][int(high)]
             colour = figures.GREEN if high == label else figures.RED
             caption = f"{number(d.scores[i])} {verdict}"
             cells[-1].append(framed(d.images[i], colour, SIDE, caption))
@@ -319,7 +319,7 @@ def detections_figure(run: Run, columns: int = 6) -> Image.Image:
     )
     title = f"Fig. 5, detections by {TITLES.get(name, name)}: {run.name}"
     grid = figures.image_grid(cells, rows=("normal", "abnormal"), title=title, side=SIDE, text=TEXT)
-    return with_key(grid, VERDICTS, None, words)
+    return with_key(grid, FRAMES, None, words)
 
 
 # --- what the figures share ----------------------------------------------------------------------

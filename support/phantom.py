@@ -52,9 +52,8 @@ def draw(
     counts = {"train/good": train, "test/good": good, "test/lesion": abnormal}
     settings = json.dumps(dict(train=train, good=good, abnormal=abnormal, size=size, seed=seed))
     if root.is_dir() and any(root.iterdir()):
-        if (root / "phantom.json").is_file() and (root / "phantom.json").read_text(
-            "utf-8"
-        ) == settings:
+        drawn = root / "phantom.json"
+        if drawn.is_file() and drawn.read_text("utf-8") == settings:
             return
         raise ValueError(f"{root}: holds something else; give the phantom images another folder")
     part = root.with_name(f".{root.name}.part")
@@ -182,7 +181,7 @@ def _lesion(rng: Generator, x: Array, y: Array, colour: Array) -> tuple[Array, A
 
 
 def _photograph(rng: Generator, height: Array, depth: Array, colour: Array, shadow: Array) -> Array:
-    """Light from beside the camera that falls off with depth, and highlights on wet slopes."""
+    """Light from next to the camera that falls off with depth, and highlights on wet slopes."""
     size = len(height)
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     gy, gx = (g * (size / 2) for g in np.gradient(height))

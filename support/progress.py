@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 LINE_EVERY = 30.0  # seconds between progress lines where stderr is no terminal
 REFRESH_EVERY = 0.1  # seconds between progress lines on a terminal, where each replaces the last
-LONG = 2 * 3600.0  # seconds: from here on a CPU user is told how to shorten the training
+CLEAR_LINE = "\r\x1b[K"  # of a terminal, from its start
+LONG = 2 * 3600.0  # seconds; a CPU user whose training takes longer is advised how to shorten it
 
 
 def duration(seconds: float) -> str:
@@ -40,8 +41,8 @@ def notify(text: str) -> None:
 
 def complain(program: str, error: object) -> int:
     """Print in one line why a program ends, from any process; its exit status, 2."""
-    replace = "\r\x1b[K" if sys.stderr.isatty() else ""
-    _print(replace + one_line(program, error), "", sys.stderr)
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""
+    _print(clear + one_line(program, error), "", sys.stderr)
     return 2
 
 
@@ -95,13 +96,13 @@ def show(text: str) -> None:
 
 def _write(text: str, end: str) -> None:
     """On a terminal the text replaces a progress line that was left without an end."""
-    if ranks()[0] == 0:
-        replace = ""
-        if sys.stderr.isatty():
-            replace = "\r\x1b[K"  # to the line's start, and clear it
-            if not end:  # a line that is wrapped could not be replaced
-                text = text[: shutil.get_terminal_size().columns - 1]
-        _print(f"{replace}{text}", end, sys.stderr)
+    if ranks()[0] > 0:
+        return
+    if sys.stderr.isatty():
+        if not end:  # a line that is wrapped could not be replaced
+            text = text[: shutil.get_terminal_size().columns - 1]
+        text = CLEAR_LINE + text
+    _print(text, end, sys.stderr)
 
 
 def _print(text: str, end: str, stream: TextIO) -> None:
@@ -196,6 +197,6 @@ class Meter:
         notify(f"{self.total} steps, about {duration(left)}")
         if self.device.type == "cpu" and left > LONG:
             notify(
-                "that is long for a CPU: --preset quick (64 px, few epochs) is what one can finish;"
-                " or lower --epochs and --image-size, or use a GPU"
+                "that is long for a CPU: use --preset quick (64 px, few epochs), lower --epochs or "
+                "--image-size, or use a GPU"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ NAMES = {
     "trivial": "a detector of a few lines: what any method has to beat",
     "f_beta": "the pre-training's own head: how sure it is of a fake lesion",
 }
-MEASURES = {  # column -> key of a row; with `_sd` or `_interval` beside it, if it is there
+MEASURES = {  # column -> key of a row; shown with KEY_sd and KEY_interval, where it has these
     "AUROC": "image_auroc",
     "Sensitivity": "sensitivity",
     "Specificity": "specificity",
@@ -92,13 +92,12 @@ def write_report(
     to:         the folder that the page goes into, if not the run's.
     """
     config, shown = read_json(folder / "config.json"), shown or {}
-    labels = np.array([sample.label for sample in dataset.test], bool)
     rows, data = measured(results), {}
     own = Path(config.get("data") or folder / "phantom").resolve() == dataset.root
     sections = [_what(dataset, results, config, own), _measures(rows, results)]
     scores = {n: s for n, s in (scores or {}).items() if "threshold" in rows.get(n, {})}
     if scores and validation is not None:
-        kinds = np.array([sample.kind for sample in dataset.test])
+        labels, kinds = dataset.labels, np.array([sample.kind for sample in dataset.test])
         sections.append(_kinds(rows, scores, labels, kinds, validation))
         for name in [n for n in shown if n != "untrained"] or list(scores)[:1]:
             keep = measured_images(rows[name], validation)
@@ -118,17 +117,15 @@ def _what(
 
     own: the data set is the one that the run was trained on.
     """
-    abnormal = sum(sample.label for sample in dataset.test)
-    masks = sum(sample.mask is not None for sample in dataset.test)
+    train, normal, abnormal, masks = dataset.counts
+    trained = f"{train} healthy images"
+    if config and not own:
+        trained = "other images: " + (config.get("data") or "phantoms that the program drew")
+    tested = f"{normal} normal and {abnormal} abnormal images, {masks} masks"
     facts = {
         "Images": f"{dataset.root} ({dataset.layout})",
-        "Training": f"{len(dataset.train)} healthy images"
-        if own or not config
-        else "other images: " + (config.get("data") or "phantoms that the program drew"),
-        "Test": f"{len(dataset.test) - abnormal} normal and {abnormal} abnormal images, {masks} "
-        "masks"
-        if dataset.test
-        else "none",
+        "Training": trained,
+        "Test": tested if dataset.test else "none",
     }
     if config:
         facts |= {
@@ -142,15 +139,17 @@ def _what(
         f"{name} {value:.0f}" for name, value in results.get("seconds", {}).items()
     )
     rows = [(escape(key), escape(value)) for key, value in facts.items() if value]
-    text = "" if not config or config.get("data") or not own else (
-        "<p>The images are phantoms that the program drew: they show that it works and say "
-        "nothing about the method.</p>"
-    )  # fmt: skip
-    return Section("What was run", table("The run", (), rows) + text)
+    text = table("The run", (), rows)
+    if config and own and not config.get("data"):
+        text += (
+            "<p>The images are phantoms that the program drew: they show that it works and say "
+            "nothing about the method.</p>"
+        )
+    return Section("What was run", text)
 
 
 def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
-    """Every measure of every row, and what is to be said of them."""
+    """Every measure of every row, and notes on them."""
     if not rows:
         text = (
             "<p>This run had healthy images only, so nothing was measured. Other images are scored "
@@ -179,21 +178,25 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
                 f"untrained network, interval {low:+.3f} to {high:+.3f}.</p>"
             )
     parts += [_fakes(results), _healthy(results)]
-    notes = dict.fromkeys(note for row in rows.values() for note in row.get("notes", []))
-    parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" * bool(notes))
+    parts.append(_list(dict.fromkeys(n for row in rows.values() for n in row.get("notes", []))))
     return Section("Measures", "".join(parts))
 
 
 def _healthy(results: Mapping[str, Any]) -> str:
-    """What the healthy images that trained nothing say, a line for each detector."""
-    lines = [described(name, row) for name, row in results.get("healthy", {}).items()]
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" * bool(lines)
+    """The threshold that held-out healthy images give, a line for each detector."""
+    return _list(described(name, row) for name, row in results.get("healthy", {}).items())
+
+
+def _list(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _title(name: str, row: Mapping[str, Any]) -> str:
     """The row's name and what it stands for."""
     what = NAMES.get(name, "") + (f" ({row['baseline']})" if "baseline" in row else "")
-    return escape(displayed(name)) + f'<br><span class="note">{escape(what)}</span>' * bool(what)
+    note = f'<br><span class="note">{escape(what)}</span>' if what else ""
+    return escape(displayed(name)) + note
 
 
 def _fakes(results: Mapping[str, Any]) -> str:
@@ -311,7 +314,7 @@ def _training(log: Path, title: str) -> str:
 
 
 def _views(folder: Path, config: Mapping[str, Any]) -> str:
-    """The figure of the views that the pre-training tells apart."""
+    """The figure of the classes that the pre-training distinguishes."""
     file = folder / "figures" / f"{config.get('strong', 'medmix')}.png"
     if not file.is_file():
         return ""

@@ -61,12 +61,12 @@ def lack(error: MemoryError | RuntimeError) -> str:
     raise error
 
 
-# --- files: written beside their place and moved there, so an interruption leaves the old one ----
+# --- files: written under another name, then renamed: an interruption leaves the old one ---------
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes its place at the end, or goes if that fails."""
+    """A temporary file to write; it replaces `path` at the end, or is removed if that fails."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
@@ -205,7 +205,7 @@ def patient() -> dist.ProcessGroup | None:
 
 
 def wait_for_all() -> None:
-    """Nobody goes on before everybody is here."""
+    """No process continues before all are here."""
     if ranks()[1] > 1:
         dist.barrier(group=patient())
 

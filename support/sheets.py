@@ -1,4 +1,4 @@
-"""A table of rows as Markdown, CSV and a chart: our means, with the paper's figures beside them."""
+"""A table of rows as Markdown, CSV and a chart: our means, next to the paper's figures."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def shown(name: str, rows: Sequence[Row]) -> list[Row]:
 
 
 def headings(name: str, rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Columns: each measure that a run has (False), and the paper's of that name (True) beside."""
+    """Columns: each measure that a run has (False), each followed by the paper's (True)."""
     columns: list[tuple[str, bool]] = []
     paper = dict.fromkeys(heading for row in rows for heading in row.paper)
-    first, *_ = of_table = measures_of(name)
+    of_table = measures_of(name)
     for measure in of_table:
         heading, key = MEASURES[measure], ENDS[0] if measure == "interval" else measure
-        ours = measure == first or any(row.value(key) for row in rows)
-        columns += [(measure, False)] if ours else []
+        if measure == of_table[0] or any(row.value(key) for row in rows):
+            columns.append((measure, False))
         columns += [(p, True) for p in paper if p == heading or p.startswith(heading + " ")]
     return columns
 
 
 def markdown(name: str, title: str, rows: Sequence[Row]) -> str:
-    """The table: our mean ± standard deviation, with the paper's figure beside it."""
+    """The table: our mean ± standard deviation, next to the paper's figure."""
     columns, digits = headings(name, rows), 4 if name == "table 5" else 3
     heads = [f"paper: {name}" if paper else MEASURES[name] for name, paper in columns]
     heads = [f"{h} {reference(rows)}" if h == MEASURES["gain"] else h for h in heads]

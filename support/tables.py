@@ -68,7 +68,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def displayed(name: str) -> str:
-    """A row's name as tables and figures show it: `untrained` stands beside other detectors."""
+    """A row's name as tables and figures show it; `untrained` alone does not name a detector."""
     return {"untrained": "untrained padim"}.get(name, name)
 
 
@@ -83,8 +83,8 @@ def papers_name(dataset: Dataset) -> str:
     """The name that Tables 1-7 have for these images, or "" if they are none of the paper's.
 
     Hyper-Kvasir is the paper's archive, or the site's images, of which the archive is a subset: it
-    is told by the layout. The others, and copies in another layout, are told by their folder's
-    name: Hyper-Kvasir, LAG, Liu or Covid-X, in any case and with any _ or -.
+    is recognised by the layout. The others, and copies in another layout, are recognised by their
+    folder's name: Hyper-Kvasir, LAG, Liu or Covid-X, in any case and with any _ or -.
     """
     words = re.findall("[a-z]+", dataset.root.name.lower())
     if dataset.layout.lower().replace("-", "").startswith("hyperkvasir"):

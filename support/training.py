@@ -9,7 +9,7 @@ A training is an object with
     rate                  the learning rate of the next step
     losses()              the terms of the next step, whose sum is the loss
     update(terms)         back-propagates their sum, steps, and counts the step
-    end_epoch()           more columns for the epoch's row of the log
+    end_epoch()           more columns for the epoch's row of the log; it may be missing
     state_dict(), load_state_dict(state)
 """
 
@@ -48,7 +48,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Take the steps that are left, and keep a checkpoint and a log.
 
-    training:   as above; it goes on from the checkpoint if there is one.
+    training:   as above; it resumes from the checkpoint if there is one.
     checkpoint: .pt file.   log: .csv file, a row an epoch.   save_every: seconds.
     returns:    the rows of the log.
     raises:     FloatingPointError when a loss or a weight is not finite, with the last good
@@ -79,9 +79,9 @@ def _train(
             row = {"epoch": epoch + 1, **means, "images_per_second": meter.rate}
             rows.append(row | _end_epoch(training, checkpoint))
             sums = {}
-        stop = asked() and training.step_done < training.total
-        due = training.step_done == training.total or time.monotonic() - saved > save_every
-        due = due or stop
+        done = training.step_done == training.total
+        stop = asked() and not done
+        due = done or stop or time.monotonic() - saved > save_every
         if due and ranks()[0] == 0:
             save(training, checkpoint, sums, rows)
             if rows:
@@ -99,7 +99,7 @@ def step(
 ) -> dict[str, float]:
     """One step on `losses`, the training's own or those of several processes; each term's value.
 
-    The one place where a step waits for a GPU, for the forward pass; the backward pass goes on.
+    The one place where a step waits for a GPU, for the forward pass; the backward pass continues.
 
     raises: FloatingPointError when a term was not finite; then the weights are not finite either;
             OSError if the file of the images was cut short.
@@ -164,10 +164,9 @@ def _not_finite(what: str, training: Any, checkpoint: Path) -> FloatingPointErro
 def _end_epoch(training: Any, checkpoint: Path) -> dict[str, float]:
     """raises: FloatingPointError if PaDiM, which measures the encoder, cannot use its features."""
     try:
-        measured: dict[str, float] = training.end_epoch()
+        return training.end_epoch() if hasattr(training, "end_epoch") else {}
     except ValueError:
         raise _not_finite("a feature", training, checkpoint) from None
-    return measured
 
 
 def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
@@ -250,7 +249,7 @@ def start_weights(backbone: ResNet18, init: str) -> str:
     """Fill the backbone as --init says.   [P!§4.2 R14]
 
     init:    "random" leaves it as it is; "imagenet" insists on torch.hub's cached or downloaded
-             weights and "auto" goes on without them; else a file in torchvision's format.
+             weights and "auto" does without them; else a file in torchvision's format.
     returns: what the network starts from: "random", "imagenet" or the file's name.
     raises:  ValueError if ImageNet's weights are unavailable, or the file is not a ResNet-18.
     """
@@ -265,7 +264,7 @@ def start_weights(backbone: ResNet18, init: str) -> str:
                     f"--init imagenet: no weights from {IMAGENET} ({error}); put that file into "
                     f"{torch.hub.get_dir()}/checkpoints, or use --init random"
                 ) from None
-            notify("ImageNet weights are neither cached nor to be downloaded: random start weights")
+            notify("no ImageNet weights, neither cached nor from the server: random start weights")
             return "random"
         backbone.load_state_dict(weights)
         return "imagenet"

@@ -1,7 +1,7 @@
 """What a number is worth: intervals, trivial baselines, fake lesions, near-duplicates.
 
-None of this is in the paper. An AUROC is to be read beside what a few pixels, the file's size or an
-untrained network reach, and with the interval that its number of test images leaves.
+None of this is in the paper. An AUROC has to be compared with that of a few pixels, of the
+file's size and of an untrained network, and read with its confidence interval.
 
 Sizes: N training images, M test images, P of them abnormal and Q normal, S pixels a side.
 """
@@ -38,8 +38,8 @@ ALIKE = 0.995  # correlation of thumbnails above which two images count as near-
 def bootstrapped_aurocs(scores: Sequence[Array], labels: Array, seed: int) -> Array:
     """AUROCs of several detectors on the same resampled test images: (detectors, ROUNDS).
 
-    Normal and abnormal images are resampled apart, with replacement. An AUROC is the mean over all
-    pairs of [s+ > s-] + [s+ = s-] / 2, so that of a resample is a product with its counts.
+    Normal and abnormal images are resampled separately, with replacement. An AUROC is the mean over
+    all pairs of [s+ > s-] + [s+ = s-] / 2, so that of a resample is a product with its counts.
 
     scores: (M,) each.   labels: (M,) true where abnormal.
     """

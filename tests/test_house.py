@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import io
 import re
@@ -74,6 +75,7 @@ TORCHRUNS = {
 COPY_ROW = re.compile(r"^\| ([^|`]+) \| ((?:`[\w/.]+`(?:, )?)+) \| ([\d,]+) \|$", re.MULTILINE)
 
 
+@functools.cache
 def sources(root: Path, folders: tuple[str, ...] = FOLDERS) -> dict[str, ast.Module]:
     """Each of our modules by its dotted name, parsed."""
     files = [file for folder in folders for file in sorted((root / folder).glob("*.py"))]
