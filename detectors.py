@@ -305,7 +305,7 @@ class PaDiM:
         self.size = size
         self.rows = block_rows(self.whitening) if self.device.type == "cpu" else None
         sigma = self.sigma * size / SIGMA_AT
-        self.upsampling = upsampling(-(-size // 4), size, sigma).to(self.device)
+        self.upsampling = upsampling(-(-size // 4), size, sigma).to(self.device, non_blocking=True)
 
 
 def square_images(images: ArrayLike | Tensor) -> np.ndarray | Tensor:

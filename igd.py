@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, Group, critic, critic_loss, interpolate
-from encoder import ResNet18, autocast, seeded, to_unit
+from encoder import ResNet18, autocast, rows_of, seeded, to_unit, windows
 from ssim import ms_ssim, residual_map, setting
 
 PATCH = 32  # pixels a side of the local model's patches                            [P:§4.2]
@@ -67,7 +67,7 @@ def anomaly_likelihood(z: Tensor, mu: Tensor, sigma2: Tensor | float) -> Tensor:
 
 def unfold(x: Tensor, stride: int) -> Tensor:
     """All 32 px patches, row by row: (B, C, S, S) -> (B L, C, 32, 32).   [P:§4.2]"""
-    patches = x.unfold(2, PATCH, stride).unfold(3, PATCH, stride)  # (B, C, rows, columns, 32, 32)
+    patches = windows(x, PATCH, stride)  # (B, C, rows, columns, 32, 32)
     return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], PATCH, PATCH)
 
 
@@ -221,10 +221,10 @@ class IGD:
             x_tilde.append(model.decode(z[-1]).contiguous())
         return torch.cat(z), torch.cat(x_tilde)
 
-    def _array_of_images(self, images: ArrayLike | Tensor) -> np.ndarray:
-        """The images as an array of the shape that fits; a memory-map stays one."""
+    def _array_of_images(self, images: ArrayLike | Tensor) -> np.ndarray | Tensor:
+        """The images as an array or tensor of the shape that fits; a memory-map stays one."""
         s = self.image_size
-        images = np.asanyarray(images.cpu() if isinstance(images, Tensor) else images)
+        images = images if isinstance(images, Tensor) else np.asanyarray(images)
         if images.shape[1:] != (3, s, s):
             raise ValueError(f"images must be (N, 3, {s}, {s}), got {tuple(images.shape)}")
         return images
@@ -256,13 +256,13 @@ class Training:
 
     igd:   the detector, whose model is trained in place.
     which: "global" or "local".
-    data:  (N, 3, S, S) images, for either model.
+    data:  (N, 3, S, S) images, for either model: an array, or a tensor on the GPU.
     group: processes with a share of each step; the caller averages the gradients.
     """
 
     rate_option = "--igd-lr"  # lower it where a loss is not finite
 
-    def __init__(self, igd: IGD, which: str, data: np.ndarray, group: Group = None) -> None:
+    def __init__(self, igd: IGD, which: str, data: Any, group: Group = None) -> None:
         self.igd, self.which, self.data, self.group = igd, which, data, group
         self.name, self.model, self.device = f"IGD {which}", igd.models[which], igd.device
         whole = which == "global"
@@ -270,8 +270,7 @@ class Training:
         self.critic = critic(size, igd.width, start).to(igd.device)
         self.networks = nn.ModuleList([self.model, self.critic])
         self.rank, self.world = (group.rank(), group.size()) if group else (0, 1)
-        windows = np.lib.stride_tricks.sliding_window_view(data, (PATCH, PATCH), (2, 3))
-        self.windows = windows[:, :, :: igd.stride, :: igd.stride]  # (N, 3, rows, columns, 32, 32)
+        self.windows = windows(data, PATCH, igd.stride)  # (N, 3, rows, columns, 32, 32)
         self.places = len(data), *self.windows.shape[2:4]  # of patches: image, row, column
         self.count = len(data) if whole else math.prod(self.places)
         self.images = max(2 * self.world, min(igd.batch_size if whole else igd.patches, self.count))
@@ -384,9 +383,9 @@ class Training:
     def take(self, ids: np.ndarray) -> Tensor:
         """The images (B, 3, S, S), or patches (B, 3, 32, 32) counted image by image, row by row."""
         if self.which == "global":
-            return to_unit(self.data[ids], self.device)
+            return to_unit(rows_of(self.data, ids), self.device)
         image, row, column = np.unravel_index(ids, self.places)
-        return to_unit(self.windows[image, :, row, column], self.device)
+        return to_unit(rows_of(self.windows, image, slice(None), row, column), self.device)
 
     def estimate(self) -> None:
         """mu and sigma^2 of all training images or patches; the last ones score.   [P!§3.3 R21]"""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from baselines.pretraining import UNTRAINED, nt_xent, supervised_contrastive
 from baselines.strong import STRONG
-from encoder import Encoder, channels_last, seeded, to_unit
+from encoder import Encoder, channels_last, rows_of, seeded, to_unit
 from kernels.contrastive import contrastive
 from losses import (
     augmentation_loss,
@@ -148,12 +148,12 @@ class Pretraining:
     support/training.py runs it. Every step draws from a generator made of (seed, step), so that a
     run that was stopped and one that was not draw the same numbers.
 
-    images: (N, 3, S, S) uint8, healthy.
+    images: (N, 3, S, S) uint8, healthy; perhaps on the GPU.
     local:  the encoder of 32 px patches for IGD's local model.
     raises: ValueError if there are too few images for a batch of two besides those held back.
     """
 
-    def __init__(self, images: np.ndarray, config: Config, *, local: bool = False) -> None:
+    def __init__(self, images: np.ndarray | Tensor, config: Config, *, local: bool = False) -> None:
         self.data, self.config, self.local = images, config, local
         self.name = "local" if local else ""
         self.device = torch.device(config.device)
@@ -240,10 +240,8 @@ class Pretraining:
         return torch.randperm(len(self.trained), generator=self.draws(5, epoch)).numpy()
 
     def batch_of(self, indices: np.ndarray) -> Tensor:
-        rows: Any = np.sort(indices)  # in the order of the file
-        if isinstance(self.pixels, Tensor):
-            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
-        return to_unit(self.pixels[rows], self.device)
+        rows = np.sort(indices)  # in the order of the file
+        return to_unit(rows_of(self.pixels, rows), self.device)
 
     def centres_due(self) -> bool:
         """Right after the warm-up, and every 5 epochs if re-estimated.   [P:§4.7.5]"""
@@ -337,7 +335,7 @@ PROGRESS = ("step_done", "total", "c", "spread", "collapsed", "init")  # of a ch
 
 
 def pretrain(
-    images: np.ndarray, config: Config, folder: Path, *, local: bool = False
+    images: np.ndarray | Tensor, config: Config, folder: Path, *, local: bool = False
 ) -> tuple[Encoder, str]:
     """Minimise eq. 1 over D, from the start or from the run's checkpoint.   [P:§4.2]
 

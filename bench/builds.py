@@ -1,12 +1,15 @@
 """What the compiler makes of the kernels, for GPUs that need not be here.
 
-    python -m bench.builds                    Z = 128 and the Mahalanobis kernel, five minutes
-    python -m bench.builds --all              every size and dtype that can run, as the tests do
+    python -m bench.builds > now.csv                        Z = 128 and the Mahalanobis kernel
+    python -m bench.builds --before fc2315f^ > before.csv   the kernels of another commit
+    python -m bench.builds --table now.csv before.csv       both as the table of docs/speed.md
+    python -m bench.builds --all            every size and dtype that can run, as the tests do
 
 Each row is a kernel for one chip: registers of a thread, bytes spilled, shared memory of a block,
 and the instructions that a warp issues in one turn of the inner loop, an ordinary one, which takes
 no mask. With 4 schedulers a processor these are `cycles` for 64 x 64 pairs of views (or elements
-of W), as long as nothing else is slower. Nothing is run, so nothing here is a time.
+of W), as long as nothing else is slower. Nothing is run: no time is here. --table takes files of
+several versions of Triton.
 
 Z features, ZP of them with padding; chips are sm_80 (A100), 86 and 89 (graphics cards), 90 (H100),
 100 (B200) and AMD's gfx942.
@@ -15,14 +18,17 @@ Z features, ZP of them with padding; chips are sm_80 (A100), 86 and 89 (graphics
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import heapq
+import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ if __name__ == "__main__":
 
 import torch
 
+from bench.page import write_block
 from kernels import contrastive, mahalanobis, triton
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -42,18 +49,24 @@ WHERE = {
     "ieee": ("sm_86", "sm_89", "gfx942"),
 }
 COLUMNS = "kernel kind Z tile warps stages chip registers spilled shared instructions cycles"
+MEASURED = COLUMNS.split()[7:]
 TYPES = dict.fromkeys(("same", "different", "positive_scale", "largest", "eps"), "fp32")
 TYPES |= {"n_ptr": "*i64", "pair_ptr": "*i64", "id_ptr": "*i32", "partner_ptr": "*i32"}
 Variant = tuple[Any, dict, dict, dict, tuple[str, ...]]
 
 
-def variants(everything: bool) -> Iterator[tuple[str, str, int, Variant]]:
-    """Kernel, kind, Z -> (function, types, constants, launch options, chips)."""
+def variants(everything: bool, before: str = "") -> Iterator[tuple[str, str, int, Variant]]:
+    """Kernel, kind, Z -> (function, types, constants, launch options, chips).
+
+    before: a commit whose kernels are built instead of today's.
+    """
+    contrastive, mahalanobis = (of_commit(name, before) for name in ("contrastive", "mahalanobis"))
+    known = {kind for _, kind in contrastive.CONFIGS} | {"ieee"}
     sizes = (128, 256, 512) if everything else (128,)
     for kernel in ("_forward", "_backward"):
         for kind, chips in WHERE.items():
             for ZP in sizes:
-                tile, launch = contrastive.config(kernel, kind, ZP)
+                tile, launch = contrastive.config(kernel, kind if kind in known else "ieee", ZP)
                 some = chips if ZP == 128 else tuple(c for c in chips if c in ("sm_80", "sm_90"))
                 if ZP > 128 and kind == "tf32x3":
                     some = ("sm_80", "sm_86", "sm_90")  # ieee there
@@ -67,7 +80,8 @@ def variants(everything: bool) -> Iterator[tuple[str, str, int, Variant]]:
     for BB, BI, BJ, warps, stages in mahalanobis.CONFIGS.values():
         for kind in ("tf32", "tf32x3", "ieee") if BB > 1 else ("tf32x3",):
             for stored in ("fp32", "bf16") if everything and kind == "tf32x3" else ("fp32",):
-                constants = dict(BB=BB, BI=BI, BJ=BJ, PRECISION=kind, x_d=1, mean_d=1, w_j=1)
+                taken = kind if kind in known else "ieee"
+                constants = dict(BB=BB, BI=BI, BJ=BJ, PRECISION=taken, x_d=1, mean_d=1, w_j=1)
                 launch = dict(num_warps=warps, num_stages=stages)
                 chips = WHERE[kind] if BB > 1 else CHIPS
                 types = {"w_ptr": f"*{stored}"}
@@ -100,11 +114,26 @@ def small_variants() -> Iterator[tuple[str, str, int, Variant]]:
         yield f"contrastive{name} {shown}", "", constants["ZP"], variant
 
 
+def of_commit(name: str, commit: str) -> Any:
+    """kernels/NAME.py, today's or as it was; what it imports is today's."""
+    if not commit:
+        return {"contrastive": contrastive, "mahalanobis": mahalanobis}[name]
+    command = ["git", "show", f"{commit}:kernels/{name}.py"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    file = Path(tempfile.mkdtemp(), f"{name}.py")  # Triton reads the source while it compiles
+    file.write_text(text)
+    spec: Any = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # ---------------------------------------------------------------------------- one build
 
 
-def build(variant: Variant, chip: str) -> dict[str, Any]:
-    """Compile for the chip, and what registers, memory and instructions that takes."""
+def build(variant: Variant, chip: str, count: bool) -> dict[str, Any]:
+    """Compile for the chip, and what registers and memory that takes, and with `count` what
+    instructions: reading those takes as long as all the rest."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -118,31 +147,29 @@ def build(variant: Variant, chip: str) -> dict[str, Any]:
     amd = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", int(chip[3:]), 32)
     source = ASTSource(function, signature, constants, aligned)
-    built = triton.compile(source, target=target, options=dict(launch))
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        built = triton.compile(source, target=target, options=dict(launch))
     found = {"shared": built.metadata.shared, "matrix": -1}
     if amd:
         spills = re.findall(r"\.[av]gpr_spill_count:\s+(\d+)", built.asm["amdgcn"])
         return found | {"spilled": sum(map(int, spills))}
-    registers, spilled, sass = assemble(built.asm["ptx"], chip)
-    found["matrix"] = len(re.findall(r"\b(?:H|UTCH|UTCQ)G?MMA", sass))
-    return found | {"registers": registers, "spilled": spilled} | turn(sass)
+    found["matrix"] = len(
+        re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", built.asm["ptx"])
+    )
+    found["registers"] = int(re.findall(r"Used (\d+) registers", log.getvalue())[0])
+    found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
+    return found | (turn(disassembled(built.asm["cubin"])) if count else {})
 
 
-def assemble(ptx: str, chip: str) -> tuple[int, int, str]:
-    """Registers, bytes spilled (stores and loads) and the machine's instructions."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    new = int(chip[3:]) >= 100 and (tools / "ptxas-blackwell").exists()
-    arch = chip + "a" if chip in ("sm_90", "sm_100") else chip
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        ptxas = tools / ("ptxas-blackwell" if new else "ptxas")
-        command: list[Any] = [ptxas, "-v", f"-arch={arch}", source, "-o", cubin]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        command = [tools / "cuobjdump", "-sass", cubin]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-    return int(re.findall(r"Used (\d+) registers", report)[0]), spilled, sass
+def disassembled(cubin: bytes) -> str:
+    """The machine's instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command: list[Any] = [tool, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def turn(sass: str) -> dict[str, int]:
@@ -186,31 +213,68 @@ def shortest(code: list[str], jumps: dict[int, int], head: int, last: int) -> in
 # ---------------------------------------------------------------------------- the program
 
 
-def rows(everything: bool, share: int = 0, shares: int = 1) -> Iterator[dict[str, Any]]:
+def rows(
+    everything: bool, share: int = 0, shares: int = 1, *, before: str = ""
+) -> Iterator[dict[str, Any]]:
     """Every `shares`-th build from number `share` on, as COLUMNS and the matrix instructions."""
-    jobs = [(what, chip) for what in variants(everything) for chip in what[3][4]]
+    jobs = [(what, chip) for what in variants(everything, before) for chip in what[3][4]]
     for (kernel, kind, Z, variant), chip in jobs[share::shares]:
         _, _, constants, launch, _ = variant
         sides = [constants[s] for s in ("BB", "BM", "BI", "BN", "BJ") if s in constants]
         row: dict[str, Any] = {"kernel": kernel, "kind": kind, "Z": Z, "chip": chip}
         row |= {"tile": " x ".join(map(str, sides))}
         row |= {name: launch.get(f"num_{name}", "") for name in ("warps", "stages")}
-        row |= build(variant, chip)
+        row |= build(variant, chip, count=not everything or (kind == "bf16" and Z == 128))
         if "instructions" in row and len(sides) > 1:
             per_64 = 64 * 64 / (sides[-1] * sides[-2])
             row["cycles"] = round(row["instructions"] * row["warps"] / 4 * per_64)
         yield row
 
 
+def table(files: Sequence[str]) -> list[str]:
+    """The lines of a table in Markdown, from rows in CSV files; "a / b" where versions of Triton
+    differ, the newest first."""
+    chips: dict[tuple, dict[tuple, dict[str, str]]] = {}
+    for file in files:
+        for row in csv.DictReader(Path(file).read_text().splitlines()):
+            of = row["kernel"].split()[0].replace("_", " "), row["kind"], row["Z"], row["chip"]
+            chips.setdefault(of, {})[bool(row["before"]), row["triton"]] = row
+    versions = sorted({triton for rows in chips.values() for _, triton in rows}, reverse=True)
+
+    def cell(rows: dict[tuple, dict[str, str]], before: bool, column: str) -> str:
+        values = [rows.get((before, version), {}).get(column) for version in versions]
+        return " / ".join(dict.fromkeys(f"{int(v):,}" if v else "-" for v in values))
+
+    alike: dict[tuple, list[str]] = {}  # chips with the same cells
+    for (kernel, kind, Z, chip), rows in chips.items():
+        now = next(row for (before, _), row in rows.items() if not before)
+        size = f" of {Z}" * (kernel == "mahalanobis")
+        cells = [f"{kernel}{size}, {kind}", f"{now['tile']}, {now['warps']}, {now['stages']}"]
+        cells += [cell(rows, False, column) for column in MEASURED]
+        cells += [cell(rows, True, column) for column in MEASURED if column != "instructions"]
+        alike.setdefault(tuple(cells), []).append(chip)
+    head = ["kernel, products", "chip", "tile, warps, stages", *MEASURED, "before: registers"]
+    lines = [f"Triton {' / '.join(versions)}:", "", [*head, "spilled", "shared", "cycles"]]
+    lines.append(["---"] * len(lines[-1]))
+    lines += [[cells[0], ", ".join(names), *cells[1:]] for cells, names in alike.items()]
+    return [line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every size and dtype that can run")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--all", action="store_true", help="every size and dtype that can run")
+    what.add_argument("--before", default="", metavar="COMMIT", help="build that commit's kernels")
+    what.add_argument("--table", nargs="+", metavar="CSV", help="rewrite the table from these rows")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="number and of how many")
     args = parser.parse_args()
-    writer = csv.DictWriter(sys.stdout, [*COLUMNS.split(), "matrix", "triton", "torch"])
+    if args.table:
+        write_block("bench.builds", table(args.table))
+        return
+    writer = csv.DictWriter(sys.stdout, [*COLUMNS.split(), "matrix", "before", "triton", "torch"])
     writer.writeheader()
-    about = {"triton": triton.__version__, "torch": torch.__version__}
-    for row in rows(args.all, *args.share):
+    about = {"before": args.before, "triton": triton.__version__, "torch": torch.__version__}
+    for row in rows(args.all, *args.share, before=args.before):
         writer.writerow(row | about)
         sys.stdout.flush()
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import choose_backend, precision, tf32, tl, triton
 from losses import EPS, contrastive_losses, kappas
@@ -36,7 +35,7 @@ def _prepare(
 ):  # fmt: skip
     """f and the norm of eq. 6 before its clamp; zero past N and Z, NaN where n or pair is wrong."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # i * ZP passes 2**31
-    d = tl.arange(0, ZP)
+    d = tl.arange(0, ZP).to(tl.int64)  # d * z_col too, where N is the last axis
     n = tl.load(n_ptr + i, mask=i < N, other=-1)
     pair = tl.load(pair_ptr + i, mask=i < N, other=-1)
     known, inside = (n >= 0) & (n < A), (pair >= 0) & (pair < N)
@@ -220,8 +219,10 @@ class _Fused(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True;
+            # once_differentiable would give a gradient without a graph where g has none
+            raise RuntimeError('no second derivative on the Triton path: use backend="torch"')
         f, norm, ids, partner, inverse = ctx.saved_tensors
         kappa, start, stop, kind, dtype, c_dtype, N, Z, A = ctx.rest
         a, unit = torch.zeros_like(norm), None

@@ -336,12 +336,14 @@ RESIDENT = 0.25  # of a GPU's free memory: images that fit into so much stay the
 PART = 2**28  # bytes moved at a time
 
 
-def resident(images: np.ndarray, device: torch.device) -> np.ndarray | torch.Tensor:
+def resident(images: np.ndarray | torch.Tensor, device: torch.device) -> np.ndarray | torch.Tensor:
     """The images on the GPU if they fit into a quarter of its free memory; else as they are.
 
-    images:  (N, 3, S, S) uint8, perhaps a memory-map.   returns: the same, uint8.
+    images:  (N, 3, S, S) uint8, perhaps a memory-map, or there already.   returns: the same, uint8.
     """
-    if device.type == "cpu" or images.nbytes > RESIDENT * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cpu" or isinstance(images, torch.Tensor):
+        return images
+    if images.nbytes > RESIDENT * torch.cuda.mem_get_info(device)[0]:
         return images
     there = torch.empty(images.shape, dtype=torch.uint8, device=device)
     step = max(1, PART // max(1, images[0].nbytes))

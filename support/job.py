@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from baselines.lesion_classifier import LesionClassifier
 from baselines.pretraining import UNTRAINED
@@ -67,6 +68,7 @@ class Images:
 
     dataset: layouts.Dataset
     train: np.ndarray  # (N, 3, S, S) uint8
+    pixels: np.ndarray | Tensor  # the same, on the GPU if they fit
     test: np.ndarray | None  # (M, 3, S, S) uint8, one for each of dataset.test
     masks: np.ndarray | None  # (M, S, S)
     known: np.ndarray | None  # (M,) bool
@@ -92,8 +94,8 @@ def prepare(config: Config, folder: Path) -> Images:
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
     how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": left_out}
-    fit, kept_out = healthy.split(dataset.train, config.healthy_share)
-    decoded, kept = data.decode([*fit, *kept_out], size, cache, **how)
+    fit, others = healthy.split(dataset.train, config.healthy_share)
+    decoded, kept = data.decode([*fit, *others], size, cache, **how)
     count = int((kept < len(fit)).sum())  # of those that train: the first ones
     dataset = dataclasses.replace(dataset, train=tuple(fit[i] for i in kept[:count]))
     test = masks = known = None
@@ -106,7 +108,9 @@ def prepare(config: Config, folder: Path) -> Images:
         content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
         content |= {"values_shown": window}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
-    return Images(dataset, decoded[:count], test, masks, known, decoded[count:], tuple(notes))
+    train, kept_out = decoded[:count], decoded[count:]
+    pixels = data.resident(train, torch.device(config.device))
+    return Images(dataset, train, pixels, test, masks, known, kept_out, tuple(notes))
 
 
 def versions() -> dict[str, str]:
@@ -135,10 +139,10 @@ def main_job(config: Config, folder: Path) -> None:
     tell_how_long(config, len(images.train))
 
     began = time.monotonic()
-    encoder, init = pretrained(images.train, config, folder)
+    encoder, init = pretrained(images.pixels, config, folder)
     patches = None
     if config.local_igd:
-        patches, _ = pretrained(images.train, config, folder, local=True)
+        patches, _ = pretrained(images.pixels, config, folder, local=True)
     seconds["pretrain"] = time.monotonic() - began
     if ranks()[0] > 0:
         return fit_together(encoder, patches, images, config, folder)  # the first does the rest
@@ -175,7 +179,7 @@ def end_without_test(
 
 
 def pretrained(
-    images: np.ndarray, config: Config, folder: Path, *, local: bool = False
+    images: np.ndarray | Tensor, config: Config, folder: Path, *, local: bool = False
 ) -> tuple[Encoder, str]:
     """The pre-trained encoder and what it began with; with --encoder, that of the other run.
 
@@ -221,7 +225,7 @@ def fit_detectors(
     for name in chosen(config.detector):
         began = time.monotonic()
         if name == "padim":
-            detector: Any = fit_padim(encoder.backbone, images.train, config)
+            detector: Any = fit_padim(encoder.backbone, images.pixels, config)
         elif name == "igd":
             detector = fit_igd(encoder, patches, images, config, folder)
         else:
@@ -235,7 +239,7 @@ def fit_detectors(
     if trained and config.classes > 1 and "aug" in config.names_of_terms(local=False):
         file = folder / "detector_f_beta.pt"
         detectors["f_beta"] = with_healthy(LesionClassifier(encoder), images, "f_beta", file)
-    detectors["untrained"] = fit_padim(untrained(config), images.train, config)
+    detectors["untrained"] = fit_padim(untrained(config), images.pixels, config)
     return detectors
 
 
@@ -246,10 +250,10 @@ def fit_together(
     own: dict[str, Any] = {"f_beta": LesionClassifier(encoder)}
     for name in chosen(config.detector):
         if name == "padim":
-            own[name] = fit_padim(encoder.backbone, images.train, config)
+            own[name] = fit_padim(encoder.backbone, images.pixels, config)
         elif name == "igd":
             own[name] = fit_igd(encoder, patches, images, config, folder)
-    own["untrained"] = fit_padim(untrained(config), images.train, config)
+    own["untrained"] = fit_padim(untrained(config), images.pixels, config)
     if images.test is not None:
         assist(own, images.test, folder, config.device)
 
@@ -261,8 +265,8 @@ def untrained(config: Config) -> ResNet18:
 
 def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict[str, Any]:
     """How well fake lesions are found, with the encoder and with the untrained one; printed."""
-    fakes: dict[str, Any] = fake_lesions(encoder.backbone, images.train, seed=config.seed)
-    fakes["untrained"] = fake_lesions(untrained(config), images.train, seed=config.seed)
+    fakes: dict[str, Any] = fake_lesions(encoder.backbone, images.pixels, seed=config.seed)
+    fakes["untrained"] = fake_lesions(untrained(config), images.pixels, seed=config.seed)
     auroc, aupro = (
         f"{fakes[k]:.3f} ({fakes['untrained'][k]:.3f})" for k in ("image_auroc", "aupro")
     )
@@ -270,7 +274,7 @@ def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict
     return fakes
 
 
-def fit_padim(backbone: ResNet18, images: np.ndarray, config: Config) -> PaDiM:
+def fit_padim(backbone: ResNet18, images: np.ndarray | Tensor, config: Config) -> PaDiM:
     """PaDiM on this network, with its progress shown."""
     wait_for_all()
     return PaDiM(backbone, seed=config.seed).fit(
@@ -299,7 +303,7 @@ def fit_igd(
     """IGD from the pre-trained encoders; its logs.   [P:§3.3]"""
     local = patches.backbone if patches else None
     igd = IGD(encoder.backbone, local, **config.igd_settings())
-    for training in igd.trainings(images.train, dist.group.WORLD):
+    for training in igd.trainings(images.pixels, dist.group.WORLD):
         wait_for_all()
         which = training.which
         checkpoint = "checkpoint_igd_local.pt" if which == "local" else "checkpoint_igd.pt"

@@ -74,7 +74,7 @@ class Launches(TorchDispatchMode):
         if on_gpu and (name == "_local_scalar_dense" or name in SHAPES):
             self._count(self.waits)
             any_value = torch.ones(given[0].shape, dtype=given[0].dtype)
-            return 1 if name == "_local_scalar_dense" else func(any_value, *args[1:], **kwargs)
+            return 0 if name == "_local_scalar_dense" else func(any_value, *args[1:], **kwargs)
         if on_gpu and name == "_to_copy" and str(kwargs.get("device")) == "cpu":
             self._count(self.waits)  # of its numbers: any will do
             return torch.ones(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)

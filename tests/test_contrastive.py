@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE, HAS_GPU, ROOT, RUNS_TRITON, U32, assert_within
@@ -427,6 +428,42 @@ def test_wrong_ids_turn_the_losses_of_the_kernels_into_nan(name, wrong):
 
 
 @needs_triton
+def test_columns_whose_multiples_pass_int32():
+    """Columns of z lie 2^30 values apart; an offset that wraps reads a zero instead."""
+    case = make_case([1, 1], 3, seed=20)
+    nothing = np.zeros(2**32 + 4, np.float16)  # pages nobody touches take no memory
+    far = torch.from_numpy(nothing).to(DEVICE).as_strided((4, 3), (1, 2**30), 2**31)
+    far.copy_(case.z)
+    near = replace(case, z=case.z.half()).losses("triton")
+    assert torch.equal(replace(case, z=far).losses("triton"), near)
+
+
+@needs_triton
+def test_inputs_that_are_not_contiguous_change_no_bit():
+    case = make_case([2, 3], 5, seed=21)
+    results = []
+    for strided in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (case.z, case.c)]
+        z, c, n, pair = (
+            torch.stack([t, t], dim=1)[:, 1] if strided else t for t in (*leaves, case.n, case.pair)
+        )
+        loss = replace(case, z=z, c=c, n=n, pair=pair).losses("triton")
+        one = torch.ones((), device=DEVICE).expand(len(loss)) if strided else torch.ones_like(loss)
+        gradients = torch.autograd.grad(loss, leaves, one)
+        results.append((loss.detach(), *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_triton
+def test_a_second_derivative_is_refused():
+    case = make_case([1, 1], 3, seed=22)
+    z = case.z.clone().requires_grad_()
+    loss = replace(case, z=z).losses("triton").sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, z, create_graph=True)
+
+
+@needs_triton
 def test_autocast_changes_no_bit_of_the_kernels():
     case = make_case([9, 12], 40, seed=19)
     results = []
@@ -591,6 +628,47 @@ def test_every_product_on_the_gpu(kind, rows):
     case = make_case([200, 100, 200], 128, seed=13, rows=rows)
     z = case.z.to(getattr(torch, kind)) if "float" in kind else case.z
     assert_right(replace(case, z=z, allow_tf32=kind == "tf32"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(0, 1), (1, 2), None])
+def test_arguments_that_triton_folds_on_the_gpu(rows):
+    """Sizes and strides of 1 become constants of the compiled kernels."""
+    assert_right(make_case([1, 1], 1, seed=23, rows=rows))
+    case = make_case([3], 17, seed=24, rows=rows, positive_scale=1)
+    assert_right(replace(case, z=case.z.T.contiguous().T))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_features_take_centres_of_both_kinds_on_the_gpu(dtype):
+    case = make_case([30, 40], 128, seed=25)
+    for c in (case.c, case.c.to(dtype)):
+        z, z64 = case.z.to(dtype).requires_grad_(), case.z.to(dtype).double().requires_grad_()
+        c, c64 = c.clone().requires_grad_(), c.double().requires_grad_()
+        replace(case, z=z, c=c).losses("triton").sum().backward()
+        replace(case, z=z64, c=c64).definition().sum().backward()
+        assert z.grad.dtype == dtype and c.grad.dtype == c.dtype
+        for got, want in ((z.grad, z64.grad), (c.grad, c64.grad)):
+            assert (got.double() - want).norm() < 2e-2 * want.norm()
+
+
+@pytest.mark.gpu
+def test_another_stream_and_another_gpu_change_no_bit():
+    case, results = make_case([60, 68], 128, seed=26), []
+    last = torch.device("cuda", torch.cuda.device_count() - 1)  # not the current one, if two
+    side = torch.cuda.Stream()
+    for device, stream in ((DEVICE, torch.cuda.current_stream()), (DEVICE, side), (last, None)):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            z, n, pair, c = (t.to(device) for t in (case.z, case.n, case.pair, case.c))
+            z.requires_grad_()
+            loss = replace(case, z=z, n=n, pair=pair, c=c).losses("triton")
+            loss.sum().backward()
+        torch.cuda.synchronize(device)
+        results.append((loss.detach().cpu(), z.grad.cpu()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.gpu

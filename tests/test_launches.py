@@ -11,11 +11,13 @@ from conftest import DEVICE
 from test_pmsacl import pictures, tiny
 
 import pmsacl
-from encoder import ResNet18, autocast, to_unit
+from detectors import PaDiM
+from encoder import ResNet18, autocast, rows_of, to_unit, windows
 from igd import IGD
 from support.data import resident
 from support.launches import Launches, of_step
 from support.options import Config
+from support.scoring import score_batch
 from support.training import step
 
 WAITING = {
@@ -63,17 +65,37 @@ def test_a_step_waits_once_and_launches_little_beside_its_encoder(changes, most)
     assert encoder.launches.total() > 150 and not encoder.waits.total()
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_step_of_igd_waits_for_nothing_but_its_losses(which, monkeypatch):
+@pytest.mark.parametrize(("which", "there"), [(0, False), (1, True)])
+def test_a_step_of_igd_waits_for_nothing_but_its_losses(which, there, monkeypatch):
+    """Whether the GPU has the images or not."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "Adam", lambda *_, **__: None)
     network = ResNet18().to("meta")
     detector = IGD(network, network, image_size=64, width=8)
-    training = list(detector.trainings(np.zeros((32, 3, 64, 64), np.uint8)))[which]
+    images = np.zeros((32, 3, 64, 64), np.uint8)
+    training = list(detector.trainings(torch.from_numpy(images).to("meta") if there else images))[
+        which
+    ]
     training.step_done = 1  # mu and sigma^2 are there
     with Launches() as counted:
         torch.stack(list(training.losses().values())).sum().backward()
     assert not counted.waits.total() and counted.launches.total() > 500
+    assert len(counted.pinned) == (not there)
+
+
+def test_padim_waits_once_a_fit_and_twice_a_batch_of_scores(monkeypatch):
+    """For whether the covariances are definite; for maps and scores. A batch is not waited for."""
+    monkeypatch.setattr("detectors.mahalanobis", lambda x, mean, w, rows: x.sum(2))
+    images, detector = np.zeros((64, 3, 64, 64), np.uint8), PaDiM(ResNet18().to("meta"))
+    assert detector.network and detector.chosen  # made once
+    for pixels in (images, torch.from_numpy(images).to("meta")):
+        with Launches() as counted:
+            detector.fit(pixels)
+        assert counted.waits.total() == 1 and counted.launches.total() < 300
+        assert len(counted.pinned) == 2 * isinstance(pixels, np.ndarray)  # batches of 32
+    with Launches() as counted:
+        score_batch(detector, images[:8], "")
+    assert counted.waits.total() == 2 and counted.launches.total() < 100
 
 
 @pytest.mark.gpu
@@ -124,6 +146,18 @@ def test_images_that_fit_a_quarter_of_the_free_memory_stay_on_the_gpu(monkeypatc
     assert there.is_meta and there.shape == images.shape and there.dtype == torch.uint8
     free -= 1
     assert resident(images, device) is images and resident(images, torch.device("cpu")) is images
+    assert resident(there, device) is there
+
+
+def test_rows_and_windows_of_a_tensor_are_those_of_the_array():
+    images = pictures()
+    tensor, rows = torch.from_numpy(images), np.array([5, 2, 9])
+    places = np.array([0, 1, 1]), np.array([1, 0, 1])
+    for stride in (16, 7):
+        of = rows_of(windows(images, 16, stride), rows, slice(None), *places)
+        there = rows_of(windows(tensor, 16, stride), rows, slice(None), *places)
+        assert of.shape == (3, 3, 16, 16) and np.array_equal(there.numpy(), of)
+    assert np.array_equal(rows_of(tensor, rows).numpy(), images[rows])
 
 
 @pytest.mark.gpu

@@ -274,6 +274,25 @@ def test_paper_size_on_the_gpu(B):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 8])
+def test_a_graph_and_another_gpu_change_no_bit(B):
+    """And bfloat16 for all, positions last in memory; nothing waits."""
+    x, mean, W, _ = make_case(B, 64, 100, seed=15)
+    x, mean = x.bfloat16().transpose(1, 2).contiguous().transpose(1, 2), mean.bfloat16()
+    W = W.bfloat16().permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    got = mahalanobis.mahalanobis(x, mean, W, backend="triton")
+    want = mahalanobis_ref(x.double(), mean.double(), W.double())
+    assert_within(got, want, budget(x, mean, W))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = mahalanobis.mahalanobis(x, mean, W, backend="triton")
+    graph.replay()
+    last = torch.device("cuda", torch.cuda.device_count() - 1)  # not the current one, if two
+    there = mahalanobis.mahalanobis(*(t.to(last) for t in (x, mean, W)), backend="triton")
+    assert torch.equal(again, got) and torch.equal(there.to(DEVICE), got)
+
+
+@pytest.mark.gpu
 def test_compute_sanitizer_finds_nothing():
     sanitizer = Path("/usr/local/cuda/bin/compute-sanitizer")
     if not sanitizer.exists():
