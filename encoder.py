@@ -9,7 +9,7 @@ Sizes: B images, S pixels a side, Z = 128 output features, A classes; the backbo
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,24 +36,6 @@ def to_unit(images: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
         images = images if on_cpu else images.pin_memory()  # else the next line would wait
     images = images.to(device, non_blocking=not on_cpu)
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def rows_of(images: np.ndarray | Tensor, *index: Any) -> np.ndarray | Tensor:
-    """images[index]; a GPU that has the images gets the numbers without being waited for."""
-    if isinstance(images, Tensor):
-        numbers = (torch.from_numpy(i) if isinstance(i, np.ndarray) else i for i in index)
-        index = tuple(
-            i.to(images.device, non_blocking=True) if isinstance(i, Tensor) else i for i in numbers
-        )
-    return images[index]
-
-
-def windows(images: Any, side: int, stride: int) -> Any:
-    """All squares, not copied: (B, C, S, S) -> (B, C, rows, columns, side, side)."""
-    if isinstance(images, Tensor):
-        return images.unfold(2, side, stride).unfold(3, side, stride)
-    every: Any = np.lib.stride_tricks.sliding_window_view(images, (side, side), (2, 3))
-    return every[:, :, ::stride, ::stride]
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, Group, critic, critic_loss, interpolate
-from encoder import ResNet18, autocast, rows_of, seeded, to_unit, windows
+from encoder import ResNet18, autocast, seeded, to_unit
 from ssim import ms_ssim, residual_map, setting
 
 PATCH = 32  # pixels a side of the local model's patches                            [P:§4.2]
@@ -67,7 +67,7 @@ def anomaly_likelihood(z: Tensor, mu: Tensor, sigma2: Tensor | float) -> Tensor:
 
 def unfold(x: Tensor, stride: int) -> Tensor:
     """All 32 px patches, row by row: (B, C, S, S) -> (B L, C, 32, 32).   [P:§4.2]"""
-    patches = windows(x, PATCH, stride)  # (B, C, rows, columns, 32, 32)
+    patches = x.unfold(2, PATCH, stride).unfold(3, PATCH, stride)  # (B, C, rows, columns, 32, 32)
     return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], PATCH, PATCH)
 
 
@@ -270,9 +270,13 @@ class Training:
         self.critic = critic(size, igd.width, start).to(igd.device)
         self.networks = nn.ModuleList([self.model, self.critic])
         self.rank, self.world = (group.rank(), group.size()) if group else (0, 1)
-        self.windows = windows(data, PATCH, igd.stride)  # (N, 3, rows, columns, 32, 32)
-        self.places = len(data), *self.windows.shape[2:4]  # of patches: image, row, column
-        self.count = len(data) if whole else math.prod(self.places)
+        if isinstance(data, Tensor):
+            windows: Any = data.unfold(2, PATCH, 1).unfold(3, PATCH, 1)
+        else:
+            windows = np.lib.stride_tricks.sliding_window_view(data, (PATCH, PATCH), (2, 3))
+        self.pixels = data if whole else windows[:, :, :: igd.stride, :: igd.stride]
+        self.places = len(data), *(() if whole else self.pixels.shape[2:4])  # image, row, column
+        self.count = math.prod(self.places)
         self.images = max(2 * self.world, min(igd.batch_size if whole else igd.patches, self.count))
         self.images -= self.images % (2 * self.world) if group else 0  # of a step
         # Row i is mixed with row -1 - i of a step (`interpolate`): a process has both of each pair.
@@ -382,10 +386,11 @@ class Training:
 
     def take(self, ids: np.ndarray) -> Tensor:
         """The images (B, 3, S, S), or patches (B, 3, 32, 32) counted image by image, row by row."""
-        if self.which == "global":
-            return to_unit(rows_of(self.data, ids), self.device)
-        image, row, column = np.unravel_index(ids, self.places)
-        return to_unit(rows_of(self.windows, image, slice(None), row, column), self.device)
+        index: Any = np.unravel_index(ids, self.places)
+        if isinstance(self.pixels, Tensor):  # a GPU that has the images need not be waited for
+            index = (torch.from_numpy(i).to(self.device, non_blocking=True) for i in index)
+        image, *place = index
+        return to_unit(self.pixels[(image, slice(None), *place)], self.device)
 
     def estimate(self) -> None:
         """mu and sigma^2 of all training images or patches; the last ones score.   [P!§3.3 R21]"""

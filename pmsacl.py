@@ -29,7 +29,7 @@ from torch import Tensor
 
 from baselines.pretraining import UNTRAINED, nt_xent, supervised_contrastive
 from baselines.strong import STRONG
-from encoder import Encoder, channels_last, rows_of, seeded, to_unit
+from encoder import Encoder, channels_last, seeded, to_unit
 from kernels.contrastive import contrastive
 from losses import (
     augmentation_loss,
@@ -240,8 +240,10 @@ class Pretraining:
         return torch.randperm(len(self.trained), generator=self.draws(5, epoch)).numpy()
 
     def batch_of(self, indices: np.ndarray) -> Tensor:
-        rows = np.sort(indices)  # in the order of the file
-        return to_unit(rows_of(self.pixels, rows), self.device)
+        rows: Any = np.sort(indices)  # in the order of the file
+        if isinstance(self.pixels, Tensor):
+            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return to_unit(self.pixels[rows], self.device)
 
     def centres_due(self) -> bool:
         """Right after the warm-up, and every 5 epochs if re-estimated.   [P:§4.7.5]"""

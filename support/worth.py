@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from detectors import PaDiM
-from encoder import ResNet18, rows_of, seeded, to_unit
+from encoder import ResNet18, seeded, to_unit
 from measures import aupro, auroc
 from medmix import medmix
 from support.layouts import Sample
@@ -145,8 +145,8 @@ def fake_lesions(
     order = torch.randperm(len(images), generator=seeded(seed, 9)).numpy()
     held = np.sort(order[: min(len(images) // 2, FAKES)])
     fitted = np.sort(order[len(held) :][:FITTED])
-    detector = PaDiM(backbone, seed=seed).fit(rows_of(images, fitted))
-    x = to_unit(rows_of(images, held), detector.device)
+    detector = PaDiM(backbone, seed=seed).fit(images[fitted])
+    x = to_unit(images[held], detector.device)
     n = torch.arange(len(x)) % 3 + 1
     fake, masks = medmix(x, n, seeded(seed, 10), classes=4)
     maps, scores = detector.score(x)

@@ -12,7 +12,7 @@ from test_pmsacl import pictures, tiny
 
 import pmsacl
 from detectors import PaDiM
-from encoder import ResNet18, autocast, rows_of, to_unit, windows
+from encoder import ResNet18, autocast, to_unit
 from igd import IGD
 from support.data import resident
 from support.launches import Launches, of_step
@@ -149,15 +149,18 @@ def test_images_that_fit_a_quarter_of_the_free_memory_stay_on_the_gpu(monkeypatc
     assert resident(there, device) is there
 
 
-def test_rows_and_windows_of_a_tensor_are_those_of_the_array():
-    images = pictures()
-    tensor, rows = torch.from_numpy(images), np.array([5, 2, 9])
-    places = np.array([0, 1, 1]), np.array([1, 0, 1])
-    for stride in (16, 7):
-        of = rows_of(windows(images, 16, stride), rows, slice(None), *places)
-        there = rows_of(windows(tensor, 16, stride), rows, slice(None), *places)
-        assert of.shape == (3, 3, 16, 16) and np.array_equal(there.numpy(), of)
-    assert np.array_equal(rows_of(tensor, rows).numpy(), images[rows])
+@pytest.mark.parametrize("which", [0, 1])
+def test_igd_takes_the_same_from_a_tensor_and_from_an_array(which):
+    images, ids = np.concatenate([pictures()[:4]] * 4).reshape(4, 3, 64, 64), np.array([1, 3, 2])
+    detector = IGD(ResNet18(), ResNet18(), image_size=64, width=8)
+    of, there = (list(detector.trainings(x))[which] for x in (images, torch.from_numpy(images)))
+    assert there.count == of.count and torch.equal(there.take(ids), of.take(ids))
+    if which:  # 3 x 3 patches an image
+        assert torch.equal(
+            of.take(np.array([9 + 5]))[0], to_unit(images[1:2, :, 16:48, 32:64], "cpu")[0]
+        )
+    else:
+        assert torch.equal(of.take(ids), to_unit(images[ids], "cpu"))
 
 
 @pytest.mark.gpu
