@@ -220,8 +220,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True;
-            # once_differentiable would give a gradient without a graph where g has none
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise RuntimeError('no second derivative on the Triton path: use backend="torch"')
         f, norm, ids, partner, inverse = ctx.saved_tensors
         kappa, start, stop, kind, dtype, c_dtype, N, Z, A = ctx.rest
