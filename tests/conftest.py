@@ -39,7 +39,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import pmsacl  # noqa: E402
 from measures import dice  # noqa: E402
+from support import job, phantom  # noqa: E402
+
+SHIPPED_WATCHED_VIEWS = pmsacl.WATCHED_VIEWS
+pmsacl.WATCHED_VIEWS = 16  # watching the pretext task takes half of a small run's time
 
 torch.backends.cudnn.allow_tf32 = False  # or convolutions differ from one another by 1e-3
 # Also fills torch.empty with NaN, so that an element nobody wrote cannot look right.
@@ -56,6 +61,8 @@ settings.register_profile(
 settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
+
 U32 = 2.0**-24  # half a unit in the last place of 1.0 in float32: one rounding
 SIGMAS = 5  # a frequency may be off by so many standard deviations: one in two million
 
@@ -70,6 +77,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """A small data set, with masks. Nobody writes into it."""
+    root = tmp_path_factory.mktemp("data") / "phantom"
+    phantom.draw(root, train=16, good=6, abnormal=6, size=32)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(phantoms, tmp_path_factory) -> Path:
+    """The folder of a run of the main job on them, with TINY. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert job.main(["--data", str(phantoms), "--out", str(folder), *TINY]) == 0
+    return folder
 
 
 def assert_within(got: torch.Tensor, want: torch.Tensor, budget: torch.Tensor | float) -> float:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, mvtec
+from conftest import DEVICE, TINY, mvtec
 from torch import nn
 
 import eval as evaluation
@@ -312,15 +312,13 @@ def test_the_epochs_of_a_run_hold_for_both_trainings_of_fanogan(tmp_path):
     assert (detector.epochs, detector.encoder_epochs) == (1, 1) and detector.ready
 
 
-def test_a_run_takes_the_encoders_of_another(tmp_path, capsys):
-    root, base, other = mvtec(tmp_path / "images", n=4), tmp_path / "base", tmp_path / "other"
-    common = "--image-size 32 --batch-size 2 --preset quick --init random --classes 2".split()
-    common = ["--data", str(root), *common, "--epochs", "1"]
-    assert job.main([*common, "--out", str(base)]) == 0
-    assert job.main([*common, "--out", str(other), "--encoder", str(base)]) == 0
-    one, two = (json.loads((f / "results.json").read_text()) for f in (base, other))
+def test_a_run_takes_the_encoders_of_another(phantoms, finished, tmp_path, capsys):
+    other, common = tmp_path / "other", ["--data", str(phantoms), *TINY]
+    assert job.main([*common, "--out", str(other), "--encoder", str(finished)]) == 0
+    one, two = (json.loads((f / "results.json").read_text()) for f in (finished, other))
     assert one["padim"] == two["padim"] != two["untrained"]
-    assert two["init"] == "the encoder of base" and not (other / "checkpoint.pt").exists()
+    assert two["init"] == f"the encoder of {finished.name}"
+    assert not (other / "checkpoint.pt").exists()
     capsys.readouterr()
     third = [*common, "--out", str(tmp_path / "third"), "--encoder", str(other)]
     third += ["--detector", "igd", "--local", "yes", "--image-size", "64"]

@@ -333,10 +333,11 @@ def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, 
     ]  # fmt: skip
     assert of_runs[0]["image_auroc"] == table[0]["image_auroc_mean"] and of_runs[0]["aupro"]
     assert not list(out.glob("*/checkpoint*.pt")) and len(list(out.glob("*/encoder.pt"))) == 2
+    sweep.write_text("plain\n")
     command[command.index("1")] = "2"
     assert experiments.main([*command, *OPTIONS, "--keep"]) == 0
     kept = {file.parent.name[-1] for file in out.glob("*/checkpoint.pt")}
-    assert kept == {"1"}  # of the new seed's runs
+    assert kept == {"1"}  # of the new seed's run
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lesion, mvtec, picture
+from conftest import TINY, lesion, mvtec, picture
 from PIL import Image
 from test_training import Toy
 
@@ -35,7 +35,6 @@ from support import (
     job,
     layouts,
     options,
-    phantom,
     readers,
     run,
     training,
@@ -287,10 +286,10 @@ BAD_DETECTORS = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_DETECTORS)
-def test_a_detector_that_does_not_fit_is_named(name, value, detector_state, tmp_path):
+def test_a_detector_that_does_not_fit_is_named(name, value, detector_state, tmp_path, monkeypatch):
     without = {key: part for key, part in detector_state.items() if key != name}
-    for broken in (without, without | {name: value}):
-        torch.save(broken, tmp_path / "d.pt")
+    for broken in (without, without | {name: value}):  # as read: writing 45 MB takes a second
+        monkeypatch.setattr(evaluation, "read_saved", lambda *_, broken=broken: broken)
         with pytest.raises(ValueError, match="d.pt: ") as caught:
             evaluation.load(tmp_path / "d.pt")
         line_of(caught.value)
@@ -765,18 +764,6 @@ def test_a_signal_that_nohup_ignores_is_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A run that was not stopped; its images are beside it."""
-    root = tmp_path_factory.mktemp("whole")
-    phantom.draw(root / "data", train=10, good=4, abnormal=4, size=32)
-    assert job.main(["--data", str(root / "data"), "--out", str(root / "run"), *TINY]) == 0
-    return root / "run"
-
-
 PHASES = {
     "decoding": (cache, "_read_all"),
     "centres": (pmsacl, "class_centres"),
@@ -787,32 +774,36 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_run_that_sigterm_ends_goes_on_as_if_nothing_had_happened(
-    phase, whole, tmp_path, monkeypatch
+def test_a_run_that_sigterm_ends_in_each_phase_goes_on_as_if_nothing_had_happened(
+    phantoms, finished, tmp_path, monkeypatch
 ):
-    arguments = ["--data", str(whole.parent / "data"), "--out", str(tmp_path / "run"), *TINY]
-    where, name = PHASES[phase]
-    original = getattr(where, name)
+    folder = tmp_path / "run"
+    arguments = ["--data", str(phantoms), "--out", str(folder), *TINY]
 
-    def interrupted(*args, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **options)
+    def go_on() -> int:
+        return job.main([*arguments, *["--resume"] * (folder / "config.json").exists()])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(where, name, interrupted)
-        assert job.main(arguments) == 130
-    begun = (tmp_path / "run/config.json").exists()
-    assert begun or not (tmp_path / "run").exists()
-    assert job.main([*arguments, *["--resume"] * begun]) == 0
+    def left_over() -> list[Path]:
+        return [p for p in folder.rglob("*") if ".part" in p.name or p.suffix == ".lock"]
+
+    for phase, (where, name) in PHASES.items():
+        original = getattr(where, name)
+
+        def interrupted(*args, original=original, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, interrupted)
+            assert go_on() == 130, phase
+        assert folder.exists() == (folder / "config.json").exists() == (phase != "decoding")
+        assert not left_over(), phase
+    assert go_on() == 0 and not left_over()
     for name in ("encoder.pt", "detector.pt"):
-        one, two = (torch.load(f / name, weights_only=True) for f in (whole, tmp_path / "run"))
+        one, two = (torch.load(f / name, weights_only=True) for f in (finished, folder))
         pairs = zip(readers.tensors(one), readers.tensors(two), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert (whole / "scores.csv").read_text() == (tmp_path / "run/scores.csv").read_text()
-    assert not [
-        p for p in (tmp_path / "run").rglob("*") if ".part" in p.name or p.suffix == ".lock"
-    ]
+    assert (finished / "scores.csv").read_text() == (folder / "scores.csv").read_text()
 
 
 # --- the screen and the locale -------------------------------------------------------------------
@@ -868,12 +859,12 @@ def test_another_number_of_threads_is_said(capsys):
     assert "begun with 77 threads" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(whole, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_shows_the_plan_and_writes_nothing(phantoms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert job.main(["--data", str(whole.parent / "data"), "--dry-run", *TINY]) == 0
+    assert job.main(["--data", str(phantoms), "--dry-run", *TINY]) == 0
     text = capsys.readouterr().out
-    assert "10 healthy training images, 4 normal and 4 abnormal test images, 4 masks" in text
-    for part in ("pmsacl: 4 steps of 4 images", "time: about", "memory: about", "disk: up to"):
+    assert "16 healthy training images, 6 normal and 6 abnormal test images, 6 masks" in text
+    for part in ("pmsacl: 6 steps of 4 images", "time: about", "memory: about", "disk: up to"):
         assert part in text, text
     assert not any(tmp_path.iterdir())
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as evaluation
-from detectors import PaDiM
-from encoder import ResNet18
+from baselines.dae import DAE
 from support import healthy, job, options, phantom
 
 TINY = "--epochs 1 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
@@ -71,7 +70,7 @@ BROKEN = [
 @pytest.mark.parametrize("state", BROKEN, ids=range(len(BROKEN)))
 def test_damaged_scores_in_a_detectors_file_are_named(state, tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (4, 3, 32, 32), np.uint8)
-    PaDiM(ResNet18(), channels=2).fit(images).save(tmp_path / "d.pt")
+    DAE("cpu", image_size=32, width=2, epochs=1).fit(images).save(tmp_path / "d.pt")
     whole = torch.load(tmp_path / "d.pt", weights_only=True)
     assert evaluation.load(tmp_path / "d.pt").healthy is None  # of an older version
     torch.save(whole | {"healthy": state}, tmp_path / "d.pt")
@@ -85,7 +84,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("healthy")
     phantom.draw(root / "data", train=24, good=2, abnormal=2, size=32)
     images = root / "data/train/good"
-    for name, more in (("kept", []), ("all", ["--healthy-share", "0"])):
+    for name, more in (("kept", []), ("all", ["--healthy-share", "0", "--method", "random"])):
         arguments = ["--data", str(images), "--out", str(root / name), *TINY, *more]
         assert job.main([*arguments, "--detector", "padim,dae", "--detector-epochs", "1"]) == 0
     return root

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import generator
+from conftest import SHIPPED_WATCHED_VIEWS, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from page import (
@@ -338,6 +338,7 @@ def test_re_estimated_centres_are_computed_every_five_epochs():
 
 
 def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypatch):
+    monkeypatch.setattr(pmsacl, "WATCHED_VIEWS", SHIPPED_WATCHED_VIEWS)
     config = Config(image_size=32, batch_size=2, init="random", device="cpu")
     training = pmsacl.Pretraining(np.zeros((4, 3, 32, 32), np.uint8), config)
     assert len(training.watched) == 2 and len(training.trained) == 2
