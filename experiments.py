@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import io
@@ -40,7 +39,7 @@ from support.options import Config, make_config, parse
 from support.paper_figures import PICTURES, draw, draw_views
 from support.progress import complain, duration, notify, quietly, show
 from support.rows import MASKED, ROWS, Row, read_sweep, reference, rows_of, with_more
-from support.run import Parser, make_folder, read_json, read_text, write_file
+from support.run import Parser, make_folder, read_json, read_rows, write_file
 from support.sheets import ENDS, MEASURES, sheet, write
 from support.tables import papers_name
 
@@ -102,7 +101,7 @@ def result_of(config: Config, detector: str, out: Path) -> dict[str, Any] | None
     if "fake_lesions" in results:
         result["fake_lesions"] = results["fake_lesions"]["image_auroc"]
     if (folder / "log.csv").exists():
-        last = list(csv.DictReader(read_text(folder / "log.csv").splitlines()))[-1]
+        last = read_rows(folder / "log.csv")[-1]
         result["spread"] = float(last["spread"])
         if last.get("accuracy"):
             result["pretext"] = float(last["accuracy"])

@@ -177,28 +177,21 @@ class Pretraining:
         self.start_rate = config.local_lr if local else config.lr
         self.rate_option = "--local-lr" if local else "--lr"
 
-        self.encoder = self.networks = self._start()
-        self.optimiser = torch.optim.SGD(
-            self.encoder.parameters(),
-            lr=self.start_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda" or None,
-        )
-        self.step_done, self.epoch = 0, -1
-        self.c = torch.zeros(0)  # (A, Z) once the warm-up is over
-        self.spread = 0.0  # of z at the start
-        self.collapsed = False  # the user was warned
-        self.init = "random"
-
-    def _start(self) -> Encoder:
-        config = self.config
         encoder = Encoder(
             classes=config.classes, features=config.features, aug_head=config.aug_head,
             generator=seeded(config.seed, 2),
         )  # fmt: skip
         channels_last(encoder.to(self.device))
-        return encoder.train()
+        self.encoder = self.networks = encoder.train()
+        self.optimiser = torch.optim.SGD(
+            self.encoder.parameters(), self.start_rate, config.momentum,
+            weight_decay=config.weight_decay, fused=self.device.type == "cuda" or None,
+        )  # fmt: skip
+        self.step_done, self.epoch = 0, -1
+        self.c = torch.zeros(0)  # (A, Z) once the warm-up is over
+        self.spread = 0.0  # of z at the start
+        self.collapsed = False  # the user was warned
+        self.init = "random"
 
     def begin(self) -> None:
         """Load the start weights, and measure the spread of z at the start.   [P!§4.2 R14]"""

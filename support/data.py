@@ -107,7 +107,7 @@ def extremes(path: Path) -> tuple[float, float, bool] | None:
     return (least, most, loaded.mode == "F") if whole else (-math.inf, math.inf, True)
 
 
-def window_of(low: float, high: float, floating: bool) -> Window:
+def window_of(high: float, floating: bool) -> Window:
     """Black and white of a set of more than 8 bits: 0 and the top of the range that holds it."""
     ranges = (1, 255, 4095, 65535) if floating else (255, 4095, 65535)
     return 0.0, next((float(r) for r in ranges if high <= r), high)
@@ -123,7 +123,7 @@ def _rgb(image: Image.Image, behind: str = "white", window: Window | None = None
         if window is None:
             if not np.isfinite(values).all() or values.min() < 0:
                 raise ValueError("holds negative, infinite or NaN values: --window LOW,HIGH")
-            window = window_of(0, float(values.max()), image.mode == "F")
+            window = window_of(float(values.max()), image.mode == "F")
         low, high = window
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
         grey = np.clip((values - low) / (high - low), 0, 1)

@@ -62,7 +62,7 @@ def window_of_set(
             floating = floating or values[2]
     if not found:
         return None
-    window = window_of(least, most, floating)
+    window = window_of(most, floating)
     notify(
         f"{found} images of more than 8 bits, values {least:g} to {most:g}: {window[0]:g} is black "
         f"and {window[1]:g} white in all of them (--window LOW,HIGH sets it)"

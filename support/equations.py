@@ -18,7 +18,6 @@ import ast
 import re
 import sys
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,23 +33,13 @@ ROW = re.compile(r"^\| (R\d+) \|.*$", re.MULTILINE)
 TAG = re.compile(r"\[(P[:!][^\]]*)\]")
 
 
-@dataclass(frozen=True)
-class Equation:
-    """A line of the README's equation map."""
-
-    formula: str
-    function: str
-    test: str
-    test_file: str
-
-
 def updated(page: str, root: Path) -> str:
     """The page with every block written anew from what stands under `root`.
 
     raises: ValueError naming an equation, a function or a row that is not there.
     """
     readme = (root / "README.md").read_text()
-    equations = {int(m["number"]): _equation(m) for m in LINE.finditer(readme)}
+    equations = {int(m["number"]): m for m in LINE.finditer(readme)}
     deviations = (root / "docs" / "deviations.md").read_text()
     rows = {m[1]: m[0] for m in ROW.finditer(deviations)}
     tied = tied_rows(root)
@@ -63,9 +52,10 @@ def updated(page: str, root: Path) -> str:
                 number = int(word.removeprefix("equation "))
                 if number not in equations:
                     raise ValueError(f"equation {number} is not in the README's map")
-                equation = equations[number]
-                parts += [f"```math\n{equation.formula}\n\\tag{{{number}}}\n```", _test(equation)]
-                names.append(equation.function)
+                line = equations[number]
+                parts.append(f"```math\n{line['formula']}\n\\tag{{{number}}}\n```")
+                parts.append(f"Tested by [`{line['test']}`](../{line['test_file']}).")
+                names.append(line["function"])
                 cited += tied.get(number, [])
             elif re.fullmatch(r"R\d+", word):
                 cited.append(word)
@@ -81,14 +71,6 @@ def updated(page: str, root: Path) -> str:
         return "\n\n".join([f"<!-- begin: {mark[1]} -->", *parts, "<!-- end -->"])
 
     return BLOCK.sub(block, page)
-
-
-def _equation(line: re.Match[str]) -> Equation:
-    return Equation(line["formula"], line["function"], line["test"], line["test_file"])
-
-
-def _test(equation: Equation) -> str:
-    return f"Tested by [`{equation.test}`](../{equation.test_file})."
 
 
 def tied_rows(root: Path) -> dict[int, list[str]]:

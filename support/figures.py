@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from support.layouts import Sample
-from support.run import printable, write_file
+from support.run import write_file
 
 Array = NDArray[Any]
 
@@ -254,11 +254,10 @@ def _bar_of_colours(height: int, low: float, high: float) -> Image.Image:
     return bar
 
 
-def png(image: Image.Image, source: str = "") -> bytes:
-    """The PNG file of an image, marked as ours and with the file that it shows."""
+def png(image: Image.Image) -> bytes:
+    """The PNG file of an image, marked as ours."""
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     info.add_text("Software", "pmsacl")
-    info.add_text("Source", printable(source))
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 

@@ -84,7 +84,7 @@ class Config:
     classes: int = _option(4, "|A|: 0 to |A| - 1 lesions", 1, 1024)  # [P!§3.1 R1]
     tau: float = _option(0.2, "temperature", 1e-3, 1e3)  # [P!(7) R3]
     alpha: float = _option(2.0, "weakens the repulsion within a class", 1e-3, 1e3)  # [P!(7) R3]
-    positive_scale: str = _option("kappa", "kappa, tau or a number")  # [P!(5) R2]
+    positive_scale: str = _option("kappa", "of the positive: kappa, tau or a number")  # [P!(5) R2]
     features: str = _option(  # [P!(3) R20]
         "unit", "z on the unit sphere, or raw", choices=["unit", "raw"]
     )
@@ -98,11 +98,11 @@ class Config:
         0, "epochs before the centres are computed and their terms join", 0, 10**6
     )
     aug_head: str = _option(  # [P!(8) R17]
-        "backbone", "what f_beta sees", choices=["backbone", "projection"]
+        "backbone", "input of f_beta", choices=["backbone", "projection"]
     )
     # pre-training: the views
     strong: str = _option("medmix", "strong augmentation", choices=STRONG)  # [P:Fig.6]
-    lesion_area: str = _option("0.005,0.08", "minimum and maximum image share")  # [P!§4.2 R12]
+    lesion_area: str = _option("0.005,0.08", "min,max as shares of the image")  # [P!§4.2 R12]
     weak: str = _option("simclr", "weak augmentation", choices=["simclr", "ccd"])  # [P!§4.2 R16]
     crop_area: float = _option(  # [P!§4.2 R16]
         0.0, "smallest crop, as a share of the image; 0: that of --weak", 0, 1
@@ -112,7 +112,7 @@ class Config:
     encoder: str = _option("", "use the encoders of this other run instead of training")
     init: str = _option("auto", "start weights: auto, imagenet, random or a FILE")  # [P!§4.2 R14]
     epochs: int = _option(2000, "passes over the images", 1, 10**6)  # [P!§4.2 R15]
-    batch_size: int = _option(32, "images; 2 |A| times as many views", 2, 2**16)  # [P:§4.2]
+    batch_size: int = _option(32, "images, with 2 |A| views of each", 2, 2**16)  # [P:§4.2]
     lr: float = _option(0.01, "learning rate at the start", above=0, most=RATE)  # [P:§4.2]
     lr_end: float = _option(1e-5, "learning rate at the end", above=0, most=RATE)  # [P!§4.2 R15]
     local_lr: float = _option(  # [P!§4.2 R15]
@@ -122,7 +122,7 @@ class Config:
     weight_decay: float = _option(3e-4, "weight decay of SGD", 0, 1)  # [P!§4.2 R15]
     # detectors
     healthy_share: float = _option(  # [P!§3.3 R29]
-        0.1, "share of the healthy images, 10 or more, held out: scores get percentiles", 0, 0.5
+        0.1, "share of healthy images, 10 or more, held out: percentiles refer to them", 0, 0.5
     )
     detector: str = _option("padim", f"both (padim,igd), or some of {', '.join(NAMES)}")
     detector_epochs: int = _option(
@@ -145,7 +145,7 @@ class Config:
     igd_width: int = _option(IGD.width, "channels of IGD's networks at full size", 1, 1024)
     paper_protocol: bool = _option(False, "also measure images that set thresholds")  # [P!§4.3 R8]
     # the machine
-    seed: int = _option(0, "of all random numbers", 0, 2**64 - 1)
+    seed: int = _option(0, "of the random numbers", 0, 2**64 - 1)
     device: str = _option("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ Sizes: N images, K of them shown, S pixels a side, A classes.
 
 from __future__ import annotations
 
-import csv
 import math
 import tempfile
 import textwrap
@@ -31,7 +30,7 @@ from support.depth import window_of_set
 from support.features import COLOURS, POINTS, scatter, spread_out
 from support.options import Config
 from support.readers import read_config, read_results
-from support.run import pick_device, read_text
+from support.run import pick_device, read_rows
 from support.training import load
 
 Array = NDArray[Any]
@@ -258,7 +257,7 @@ def detections(run: Run, name: str) -> Detections:
         there = f"it has {', '.join(have)}" if have else "nothing was measured in it"
         raise ValueError(f"{run.folder}: no detections of {name} (--detector {name}); {there}")
     dataset, images, masks, known = run.test_images()
-    lines = list(csv.DictReader(read_text(run.folder / "scores.csv").splitlines()))
+    lines = read_rows(run.folder / "scores.csv")
     if [Path(line["path"]).name for line in lines] != [s.path.name for s in dataset.test]:
         raise ValueError(f"{run.folder}/scores.csv is of other images: python eval.py {run.folder}")
     everything = bool(row.get("data", {}).get("paper_protocol"))

@@ -5,7 +5,6 @@ The page's frame is in page.py, its images are in cards.py, its charts in charts
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import shlex
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ from support.healthy import described
 from support.layouts import Dataset
 from support.options import Config, make_config
 from support.page import SCORES, Section, glossary, page, recounted, slider, table
-from support.run import read_json, write_file
+from support.run import read_json, read_rows, write_file
 from support.tables import displayed, measured
 
 Array = NDArray[Any]
@@ -293,10 +292,7 @@ def _detector(
 
 def _training(log: Path, title: str) -> str:
     """A chart for each column of a log."""
-    if not log.is_file():
-        return ""
-    with open(log, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(log) if log.is_file() else []
     if not rows:
         return ""
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).round().astype(int)

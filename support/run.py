@@ -171,6 +171,11 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
         writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header."""
+    return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+
+
 def process_lives(number: int) -> bool:
     """Whether this host has such a process; True where asking would end it, on Windows."""
     if os.name == "nt":
