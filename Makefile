@@ -18,6 +18,11 @@ tests-a-to-k:
 tests-others:
 	.venv/bin/python -m pytest tests/test_[!a-k]*.py
 
+# On a machine with a GPU: all tests, there, then the tables of docs/speed.md.
+gpu: test
+	.venv/bin/python -m bench.kernels
+	.venv/bin/python -m bench.training
+
 lint: .venv/ready-lint
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -48,4 +53,4 @@ check: lint test notebooks
 	.venv/bin/pip install --quiet --requirement notebooks/requirements.txt
 	touch $@
 
-.PHONY: demo test tests-a-to-k tests-others lint notebooks equations check
+.PHONY: demo test gpu tests-a-to-k tests-others lint notebooks equations check

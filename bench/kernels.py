@@ -5,7 +5,7 @@
 
 First every path is checked against the float64 definition, and nothing is timed if one is off.
 Then the clock warms up, matrix products and a copy are timed for the floors, and each row goes to
-the screen, to bench.csv and to bench.md, a table for docs/speed.md. The paths:
+the screen and to bench.csv; on a GPU all of them replace the table in docs/speed.md. The paths:
 
     triton, torch   ours, by its two backends (on a CPU there is no Triton path)
     eager           the definition with every (N, N) matrix in memory, in the dtype of the row
@@ -42,6 +42,7 @@ from torch.autograd import DeviceType
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
+from bench.page import write_block
 from kernels import HAS_TRITON, triton
 from kernels.contrastive import contrastive
 from kernels.mahalanobis import mahalanobis, mahalanobis_ref
@@ -366,25 +367,26 @@ def measured() -> Iterator[list]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench.csv"), help="CSV; .md beside it")
+    parser.add_argument("--out", type=Path, default=Path("bench.csv"), help="CSV")
     parser.add_argument("--commit", default="", help="of the code, where there is no git")
     args = parser.parse_args()
     about = provenance(args.commit)
     told = ", ".join(f"{key} {value}" for key, value in about.items())
     print(told)
-    with args.out.open("w", newline="") as file, args.out.with_suffix(".md").open("w") as page:
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS + list(about))
-        page.write(f"{told}\n\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n")
-        for number, row in enumerate(measured()):
-            text = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
-            if number == 0:
+        for row in measured():
+            lines.append([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row])
+            if len(lines) == 3:
                 print(("{:>12}" * len(COLUMNS)).format(*COLUMNS))
-            print(("{:>12}" * len(text)).format(*text), flush=True)
+            print(("{:>12}" * len(lines[-1])).format(*lines[-1]), flush=True)
             writer.writerow([*row, *about.values()])
-            page.write(f"| {' | '.join(text)} |\n")
-            file.flush(), page.flush()
-    print(f"written to {args.out} and {args.out.with_suffix('.md')}")
+            file.flush()
+    print(f"written to {args.out}")
+    if GPU:
+        write_block("bench.kernels", [f"{told}:", "", *(f"| {' | '.join(x)} |" for x in lines)])
 
 
 if __name__ == "__main__":

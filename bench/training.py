@@ -1,6 +1,8 @@
 """The main job's speed beside the bare network's, as ratios, on the GPU if there is one.
 
-    python -m bench.training      # prints and writes docs/speed.csv; 8 minutes at most
+    python -m bench.training      # 8 minutes at most
+
+It prints its rows and writes them: to docs/speed.csv, on a GPU to their table in docs/speed.md.
 
 Each pair is timed in turn, round by round, and the median ratio is kept: absolute times of shared
 machines drift, ratios hold. On a GPU a round ends when it has: the host waits. bench/kernels.py
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import per_image
+from bench.page import write_block
 from detectors import PaDiM
 from encoder import Conv3x3, ResNet18, channels_last, normalise, seeded, to_unit
 from igd import IGD
@@ -205,6 +208,11 @@ def main() -> None:
     measure("MedMix and weak views, 256 views, 64 px / with Pillow", augmentation(64, 32))
     measure("MedMix and weak views, 64 views, 256 px / with Pillow", augmentation(256, 8))
     print(counts())
+    if gpu:
+        lines = [f"{rows[0][-1]}; {counts()}:", "", "| what | ours, ms | other, ms | ratio |"]
+        lines += ["| --- " * 4 + "|", *(f"| {' | '.join(row[:4])} |" for row in rows)]
+        write_block("bench.training", lines)
+        return
     with open(Path(__file__).parent.parent / "docs" / "speed.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["what", "ours_ms", "other_ms", "ratio", "machine"])

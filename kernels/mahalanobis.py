@@ -74,7 +74,7 @@ def _distance(
     tl.store(out_ptr + b * P + p, tl.sqrt_rn(total), mask=b < B)
 
 
-# BB images: (BB, BI, BJ, warps, stages). A matrix unit wants 16 or more. A test: none spills.
+# BB images: (BB, BI, BJ, warps, stages). A matrix unit wants 16 or more. Spills: docs/speed.md.
 CONFIGS = {
     1: (1, 8, 64, 1, 1),
     16: (16, 64, 32, 4, 1),

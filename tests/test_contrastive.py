@@ -679,6 +679,39 @@ def test_a_large_batch_on_the_gpu(dtype):
 
 
 @pytest.mark.gpu
+def test_rows_whose_offsets_pass_int32_on_the_gpu():
+    """N Z values of f are 2^31 and more; the losses of the last 32 views, in blocks of columns."""
+    N, Z = 2**22 + 64, 512
+    gen = torch.Generator(DEVICE).manual_seed(27)
+    z = torch.randn(N, Z, generator=gen, device=DEVICE, dtype=torch.bfloat16)
+    n, pair = torch.zeros(N, dtype=torch.int64, device=DEVICE), torch.arange(N, device=DEVICE) ^ 1
+    case = Case(z, n, pair, torch.zeros(1, Z, device=DEVICE), rows=(N - 32, N))
+
+    def features(rows: torch.Tensor) -> torch.Tensor:  # as the kernels store them
+        return torch.nn.functional.normalize(rows.float(), dim=1).bfloat16().double()
+
+    f, kappa = features(z[-32:]), kappas(0.2, 2.0, "kappa")[0]
+    total = sum((kappa * f @ features(part).T).exp().sum(1) for part in z.split(2**18))
+    total = total - (kappa * f * f).sum(1).exp()
+    want = total.log() - kappa * (f * f[torch.arange(32) ^ 1]).sum(1)
+    assert_within(case.losses("triton"), want, 0.05)
+
+
+@pytest.mark.gpu
+def test_other_work_on_the_gpu_changes_no_bit():
+    case = make_case([1000, 1049], 128, seed=28)
+    noise, results = torch.randn(4096, 4096, device=DEVICE), []
+    for _ in range(100):
+        z = case.z.bfloat16().requires_grad_()
+        noise @ noise
+        loss = replace(case, z=z).losses("triton")
+        loss.sum().backward()
+        results.append((loss.detach(), z.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.gpu
 def test_memory_is_linear_on_the_gpu():
     case = make_case([2048, 2048], 128, seed=14)
     torch.cuda.reset_peak_memory_stats()
