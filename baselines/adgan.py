@@ -43,7 +43,7 @@ class ADGAN(Detector):
     """Generators G_z of latents and G_x of images; discriminators D_z and D_x."""
 
     kind: ClassVar[str] = "adgan"
-    quick: ClassVar[dict[str, Any]] = {"epochs": 60, "batch_size": 16, "width": 12, "lr": 1e-3}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 15, "batch_size": 16, "width": 12, "lr": 1e-3}
     epochs: int = 500  #                                                               [R28]
     batch_size: int = 32
     lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                               [R28]

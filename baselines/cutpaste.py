@@ -113,7 +113,7 @@ class CutPaste(Detector):
 
     kind: ClassVar[str] = "cutpaste"
     pretrained: ClassVar[bool] = True
-    quick: ClassVar[dict[str, Any]] = {"epochs": 16, "batch_size": 16}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 4, "batch_size": 16}
     epochs: int = 256  # of either network                                             [C:§A]
     batch_size: int = 32  # images; each is seen three times
     lr: float = 0.03  # of SGD with momentum 0.9, weight decay 3e-5, half a cosine     [C:§A]

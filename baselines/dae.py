@@ -41,7 +41,7 @@ class DAE(Detector):
 
     kind: ClassVar[str] = "dae"
     zero: ClassVar[set[str]] = {"seed", "denoise"}
-    quick: ClassVar[dict[str, Any]] = {"epochs": 80, "batch_size": 16, "width": 16}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 20, "batch_size": 16, "width": 16}
     epochs: int = 256  # as many as IGD has                                          [R25]
     batch_size: int = 16
     lr: float = 1e-3  # of Adam                                                      [R25]

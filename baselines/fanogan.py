@@ -93,7 +93,7 @@ class FAnoGAN(Detector):
 
     kind: ClassVar[str] = "fanogan"
     quick: ClassVar[dict[str, Any]] = {
-        "epochs": 60, "encoder_epochs": 60, "batch_size": 16, "width": 8, "critic_steps": 2,
+        "epochs": 15, "encoder_epochs": 15, "batch_size": 16, "width": 8, "critic_steps": 2,
         "lr": 5e-4, "encoder_lr": 5e-4,
     }  # fmt: skip
     epochs: int = 2000  # of the GAN; the code counts 100,000 steps           [P!§4.4.1 R26]

@@ -22,7 +22,7 @@ class MSSSIM(Detector):
     """Auto-encoder through Z features; rho weighs the absolute error."""
 
     kind: ClassVar[str] = "msssim"
-    quick: ClassVar[dict[str, Any]] = {"epochs": 60, "batch_size": 16, "width": 16}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 15, "batch_size": 16, "width": 16}
     epochs: int = 256  #                                                             [I:code]
     batch_size: int = 16
     lr: float = 1e-3  # of Adam                                                      [R25]

@@ -58,7 +58,7 @@ class OCGAN(Detector):
 
     kind: ClassVar[str] = "ocgan"
     zero: ClassVar[set[str]] = {"seed", "noise", "mining_steps"}
-    quick: ClassVar[dict[str, Any]] = {"epochs": 60, "batch_size": 16, "width": 12, "lr": 1e-3}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 15, "batch_size": 16, "width": 12, "lr": 1e-3}
     epochs: int = 500  #                                                      [P!§4.4.1 R27]
     batch_size: int = 32
     lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                               [R27]

@@ -84,7 +84,7 @@ class PANDA(Detector):
     kind: ClassVar[str] = "panda"
     pretrained: ClassVar[bool] = True
     zero: ClassVar[set[str]] = {"seed", "ewc"}
-    quick: ClassVar[dict[str, Any]] = {"epochs": 5, "batch_size": 16}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 2, "batch_size": 16}
     epochs: int = 15  #                                                             [N:code]
     lr: float = 1e-2  # of SGD with momentum 0.9, weight decay 5e-5                 [N:code]
     ewc: float = 1e4  #                                                             [N:code]
