@@ -28,7 +28,7 @@ from support.compared import COMPARED
 from support.depth import window_of_set
 from support.progress import complain, notify, quietly, show
 from support.readers import build_detector, folder_of_other, read_config, read_results
-from support.run import Parser, lack, pick_device, read_saved, read_text
+from support.run import Parser, given_path, lack, pick_device, read_saved, read_text, real
 from support.score_files import score_files
 from support.scoring import BATCH_SIZE, score_set
 from support.tables import displayed, measured, origin, write_results, write_scores
@@ -314,10 +314,10 @@ def evaluate_run(
     returns: the folder of the results.
     """
     config, old, detectors = load_run(folder, device)
-    own = Path(config.get("data") or folder / "phantom").resolve()
+    own = real(config.get("data") or folder / "phantom")
     if root is None and not own.exists():
         raise ValueError(f"{own}: the images of {folder} are not there; --data names their place")
-    root = (root or own).resolve()
+    root = real(root or own)
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
     dataset = layouts.discover(root, seed=seed, training=root == own)
     if not dataset.test:
@@ -351,10 +351,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a mistake of the user's, in one line."""
     parser = Parser(prog="eval.py", description="Evaluates a run again, or scores new images.")
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a folder that pmsacl.py wrote")
-    add("--data", type=Path, help="data set to evaluate on (default: the run's own)")
-    add("--score", type=Path, nargs="+", metavar="PATH", help="new images, or folders of them")
-    add("--out", type=Path, help="new folder for what --score writes (default: RUN/scored)")
+    add("run", type=given_path, metavar="RUN", help="a folder that pmsacl.py wrote")
+    add("--data", type=given_path, help="data set to evaluate on (default: the run's own)")
+    add("--score", type=given_path, nargs="+", metavar="PATH", help="new images, or folders")
+    add("--out", type=given_path, help="new folder for what --score writes (default: RUN/scored)")
     add("--json", action="store_true", help="with --score: a JSON object for each image")
     add("--paper-protocol", action="store_true", help="also measure images that set thresholds")
     add("--skip-bad", action="store_true", help="leave unreadable files out")

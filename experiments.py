@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from support import layouts
+from support.checks import check_places
 from support.claim import claimed
 from support.compared import NAMES, chosen, deciding
 from support.figures import png
@@ -39,9 +40,21 @@ from support.options import Config, make_config, parse
 from support.paper_figures import PICTURES, draw, draw_views
 from support.progress import complain, duration, notify, quietly, show
 from support.rows import MASKED, ROWS, Row, read_sweep, reference, rows_of, with_more
-from support.run import Parser, make_folder, read_json, read_rows, write_file
+from support.run import (
+    Parser,
+    given_path,
+    lack,
+    make_folder,
+    read_json,
+    read_rows,
+    real,
+    write_file,
+)
 from support.sheets import ENDS, MEASURES, sheet, write
 from support.tables import papers_name
+from support.training import check_start
+
+MOST_SEEDS = 1000
 
 # --- runs ----------------------------------------------------------------------------------------
 
@@ -189,7 +202,7 @@ def pictures(args: argparse.Namespace, common: dict[str, Any]) -> Iterator[Path]
             name, picture = f"{dataset_name(config)}-{config.strong}", draw_views(config)
         else:
             folder = args.run or finished(make_config(common), args)
-            name, picture = folder.resolve().name, draw(number, folder)
+            name, picture = real(folder).name, draw(number, folder)
         file = args.out / f"figure{number}-{name}.png"
         write_file(file, png(picture))
         yield file
@@ -216,10 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: rows_of(name, options, common, args.seeds, of_paper)
             for name, options in _wanted(args).items()
         }
-        if not args.show:
+        if tables and not args.show:
             make_folder(args.out)
-            for file in pictures(args, common):
-                print(file)
+        for file in pictures(args, common):
+            show(f"{file}\n")
         for name, rows in tables.items():
             shared = name, filled(rows, args.out), common, images
             if args.show:
@@ -233,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             notify(f"tables, charts and pictures are in {args.out}")
     except (ValueError, OSError, FloatingPointError) as error:
         return complain("experiments.py", error)
+    except (MemoryError, RuntimeError) as error:
+        return complain("experiments.py", lack(error))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
@@ -246,24 +261,23 @@ def _parser() -> Parser:
         epilog="Tables 1 to 4, 6 and 7 show the paper's figures next to ours if the images are "
         "the paper's: Hyper-Kvasir by its layout, Hyper-Kvasir, LAG, Liu or Covid-X by the name of "
         "their folder. All other options are those of pmsacl.py.",
-        allow_abbrev=False,
     )
     for kind in ("table", "figure"):
         numbers = [*PICTURES] if kind == "figure" else []
         numbers += [int(name.split()[1]) for name in ROWS if name.startswith(kind)]
         parser.add_argument(f"--{kind}", type=int, nargs="+", default=[], choices=numbers)
-    parser.add_argument("--run", type=Path, help="draw figures 1 to 5 from this finished run")
+    parser.add_argument("--run", type=given_path, help="draw figures 1 to 5 from this finished run")
     parser.add_argument(
-        "--sweep", type=Path, metavar="FILE", help="in each line: a name and options"
+        "--sweep", type=given_path, metavar="FILE", help="in each line: a name and options"
     )
     parser.add_argument(
         "--rows",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="in each line: the name of a row and more options for it",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs for each row (default: 5)")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder")
+    parser.add_argument("--out", type=given_path, default=Path("runs/experiments"), help="folder")
     parser.add_argument("--keep", action="store_true", help="keep finished runs' checkpoints")
     parser.add_argument("--show", action="store_true", help="run nothing, show the finished runs")
     return parser
@@ -300,13 +314,16 @@ def _common_options(
         raise ValueError(
             "neither --resume nor --seed is possible here: --seeds N runs seeds 0 to N - 1"
         )
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be 1 or above, got {args.seeds}")
+    if not 1 <= args.seeds <= MOST_SEEDS:
+        raise ValueError(f"--seeds must be from 1 to {MOST_SEEDS}, got {args.seeds}")
     if args.run and options:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise ValueError(f"--run {args.run} has its own settings: leave out {given}")
     if not options.get("data"):
         return options, "phantom", ""
+    check_places(options["data"], args.out)
+    begun_from = {"encoder": options.get("encoder", ""), "init": options.get("init", "auto")}
+    check_start(argparse.Namespace(**begun_from), args.out, local=False)
     dataset = layouts.discover(options["data"])
     if not dataset.test and (args.table or args.sweep or set(args.figure) - {1, 2}):
         raise ValueError(f"{options['data']}: {dataset.layout}, no test images to measure on")

@@ -13,19 +13,25 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from support.progress import notify, ours_alone, progress
 from support.run import process_lives, write_file
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 Files = tuple[Path, ...]  # what one row of a cache is read from: an image, or a mask and its image
 
 SHOWN = 10  # files in a complaint
+THREADS = min(8, os.cpu_count() or 1)
+AHEAD = 32  # files that are read before they are needed; no more are held in memory
 CHUNK = 2**24  # bytes that are checked at once
 CACHE_VERSION = 2  # part of every cache's name; increase it when decoding changes
 
@@ -183,10 +189,22 @@ def _read_all(
         except (ValueError, OSError) as error:
             return str(error)
 
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # pillow decodes outside Python's lock
+    return (row for _, row in ahead(attempt, rows))
+
+
+def ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
+    """Each item with what `work` returns for it, in order; threads do AHEAD of them beforehand."""
+    pool = ThreadPoolExecutor(THREADS)  # pillow decodes outside Python's lock
+    waiting: deque[tuple[T, Future[U]]] = deque()
     try:
-        for start in range(0, len(rows), 32):  # no more rows than that are held in memory
-            yield from pool.map(attempt, rows[start : start + 32])
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > AHEAD:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        while waiting:
+            first, result = waiting.popleft()
+            yield first, result.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -21,6 +21,7 @@ import torch
 from support.compared import chosen
 from support.layouts import EXTENSIONS, MASKS, Dataset, Sample, how_to_convert, visible, walk
 from support.progress import notify, progress, size_of
+from support.run import real
 
 SHOWN = 5  # names in a complaint
 
@@ -45,13 +46,11 @@ def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
     return notes
 
 
-def check_places(config: Any, folder: Path) -> None:
-    """raises: ValueError if the results would go among the images."""
-    if not config.data:
-        return
-    data, out = Path(config.data).resolve(), folder.resolve()
-    if out == data or data in out.parents:
-        raise ValueError(f"--out {folder}: lies in --data {config.data}; name a folder outside it")
+def check_places(data: str, folder: Path) -> None:
+    """raises: ValueError if the results would go among the images; data: "" for none."""
+    root, out = real(data), real(folder)
+    if data and root in (out, *out.parents):
+        raise ValueError(f"--out {folder}: lies in --data {data}; name a folder outside it")
 
 
 def check_threads(saved: Mapping[str, Any]) -> None:

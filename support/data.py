@@ -41,6 +41,8 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image{other_kind(path)}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: of more than 178 million pixels; write a smaller one") from error
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except OSError as error:

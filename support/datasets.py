@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from support import layouts
 from support.progress import complain, quietly, show
-from support.run import Parser
+from support.run import Parser, given_path
 
 COLUMNS = ("training", "test, normal", "test, abnormal", "masks")
 PAPER = {  # of section 4.1, in this order
@@ -41,7 +40,7 @@ def compared(dataset: layouts.Dataset) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 for a folder that is no data set, in one line."""
     parser = Parser(prog="support.datasets", description="Counts a folder against the paper's.")
-    parser.add_argument("data", type=Path, metavar="DIR")
+    parser.add_argument("data", type=given_path, metavar="DIR")
     arguments = parser.parse_args(argv)
     try:
         show(compared(layouts.discover(arguments.data)))

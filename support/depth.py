@@ -7,12 +7,11 @@ darken the rest of its image.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from support.cache import ahead
 from support.data import Window, extremes, window_of
 from support.progress import notify, progress
 
@@ -46,20 +45,18 @@ def window_of_set(
         return given
     deep = [path for path in paths if path.suffix.lower() not in EIGHT_BITS]
     least, most, floating, found = math.inf, -math.inf, False, 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looked = pool.map(extremes, deep)
-        for path, values in zip(deep, progress(looked, len(deep), "value ranges"), strict=True):
-            if values is None:
-                continue
-            found += 1
-            if values[0] < 0:
-                what = "infinite or NaN" if math.isinf(values[0]) else "negative"
-                raise ValueError(
-                    f"{path}: holds {what} values; set those of black and white with "
-                    "--window LOW,HIGH (for soft tissue in CT: -160,240)"
-                )
-            least, most = min(least, values[0]), max(most, values[1])
-            floating = floating or values[2]
+    for path, values in progress(ahead(extremes, deep), len(deep), "value ranges"):
+        if values is None:
+            continue
+        found += 1
+        if values[0] < 0:
+            what = "infinite or NaN" if math.isinf(values[0]) else "negative"
+            hint = "set those of black and white with --window LOW,HIGH (CT: -160,240)"
+            if saved:
+                hint = "the run knows images of 8 bits only, so convert it to 8 bits first"
+            raise ValueError(f"{path}: holds {what} values; {hint}")
+        least, most = min(least, values[0]), max(most, values[1])
+        floating = floating or values[2]
     if not found:
         return None
     window = window_of(most, floating)

@@ -19,6 +19,7 @@ from support.compared import chosen
 from support.phantom import draw
 from support.progress import LONG, duration, notify, show, size_of
 from support.run import ranks
+from support.training import check_start
 
 HEAVY = 4e6  # pixels of a step's views; a CPU takes seconds for a step with more
 
@@ -31,6 +32,7 @@ def dry_run(config: Any, folder: Path) -> None:
     if config.data:
         dataset = layouts.discover(Path(config.data).resolve(), seed=config.seed)
         dataset.check_test()
+        check_start(config, folder, local=config.local_igd)
         checks.at_the_start(config, folder, dataset)
         train, normal, abnormal, masks = dataset.counts
         lines = [f"{dataset.root}: {dataset.layout}"]
@@ -63,7 +65,7 @@ def tell_how_long(config: Any, count: int) -> None:
     count: training images.
     """
     pixels = 2 * config.classes * config.batch_size * config.image_size**2
-    if config.device != "cpu" or pixels < HEAVY or ranks()[1] > 1:
+    if config.device != "cpu" or pixels < HEAVY or ranks()[1] > 1 or config.encoder:
         return
     training = next(_trainings(config, count))
     if training.total == 0:
@@ -85,7 +87,7 @@ def _trainings(config: Any, count: int) -> Iterator[Any]:
     images = np.broadcast_to(image, (count, 3, size, size))
     both = [False, True] if config.local_igd else [False]
     no_pass = dataclasses.replace(config, centres="random", warmup_epochs=0)  # over the images
-    for patches in both:
+    for patches in both if not config.encoder else ():
         yield Pretraining(images, no_pass, local=patches)
     if "igd" in chosen(config.detector):
         networks = [ResNet18().to(config.device) for _ in both]

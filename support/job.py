@@ -50,7 +50,6 @@ from support.run import (
     lack,
     make_folder,
     ranks,
-    read_saved,
     read_text,
     save_atomically,
     wait_for_all,
@@ -58,7 +57,7 @@ from support.run import (
 )
 from support.tables import write_results
 from support.together import assist, batch_of_all, offered
-from support.training import train
+from support.training import check_start, encoder_of, train
 from support.worth import fake_lesions, near_duplicates, trivial_scores
 
 
@@ -81,6 +80,7 @@ def prepare(config: Config, folder: Path) -> Images:
 
     raises: ValueError or OSError.
     """
+    check_start(config, folder, local=config.local_igd)
     root = Path(config.data or folder / "phantom").resolve()
     if not config.data:
         make_folder(folder)
@@ -194,19 +194,6 @@ def pretrained(
     if ranks()[0] == 0:
         save_atomically(encoder.backbone.state_dict(), folder / name)
     return encoder, init
-
-
-def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
-    """Another run's encoder, with heads that nothing has trained.   raises: ValueError, OSError."""
-    file, encoder = folder / name, Encoder()
-    if not file.is_file():
-        of_patches = "; it was run without IGD's local model" * name.startswith("encoder_local")
-        raise ValueError(f"--encoder {folder}: there is no {name} here{of_patches}")
-    try:
-        encoder.backbone.load_state_dict(read_saved(file, "encoder", "cpu"))
-    except (RuntimeError, TypeError, AttributeError):
-        raise ValueError(f"{file}: no state dict of a resnet18") from None
-    return encoder.to(device).eval(), f"the encoder of {folder.name}"
 
 
 def fit_detectors(

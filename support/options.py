@@ -20,7 +20,7 @@ from support.claim import is_empty
 from support.compared import NAMES, chosen
 from support.depth import parse_window
 from support.readers import read_config
-from support.run import Parser, pick_device
+from support.run import Parser, pick_device, real
 
 RATE = 1e3  # the highest learning rate: float32 has no room for 1e300
 SCALE = 1e3  # the largest factor of eq. 5's numerator
@@ -298,7 +298,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         if options.get(name) == "":  # of a shell's variable that is not set
             parser.error(f"argument --{name}: is empty")
     for name in {"data", "encoder"} & {name for name in options if options[name]}:
-        options[name] = str(Path(options[name]).resolve())  # a run may be resumed from elsewhere
+        options[name] = str(real(options[name]))  # a run may be resumed from elsewhere
     if options.pop("as_printed"):
         options = AS_PRINTED | options
     return options, options.pop("resume", None)
@@ -340,13 +340,13 @@ def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     elif begun and resume is None:
         raise ValueError(f"--out {folder}: exists; add --resume to go on with it, or name another")
     config = make_config(options | {"out": str(folder)})
-    check_places(config, folder)
+    check_places(config.data, folder)
     return config, folder
 
 
 def _continued(options: dict[str, Any], saved: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The options of the run in `folder`; those given again must agree with them."""
-    saved["data"] = saved.get("data") and str(Path(saved["data"]).resolve())
+    saved["data"] = saved.get("data") and str(real(saved["data"]))
     if saved["data"] and not Path(saved["data"]).exists():
         if not options.get("data"):
             raise ValueError(
@@ -384,7 +384,7 @@ def make_config(options: dict[str, Any]) -> Config:
 
 def default_folder(source: str, newest: bool) -> Path:
     """runs/NAME of the data set, or NAME-2, ...: the newest that exists, or the next free one."""
-    name = Path(source).resolve().name if source else "phantom"
+    name = real(source).name if source else "phantom"
     number, folder = 1, Path("runs", name)
     while folder.exists():
         number += 1

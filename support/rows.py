@@ -17,6 +17,7 @@ from typing import Any
 from baselines.strong import STRONG
 from support.compared import chosen
 from support.options import Config, make_config, parse
+from support.run import open_regular
 from support.tables import PRINTED
 
 # Tables 1-4 and 6, 7. Two rows of a pre-training are one run with both detectors. What has no
@@ -74,6 +75,7 @@ ROWS: dict[str, dict[str, str]] = {
     "figure 7": {f"|A| = {k}": f"--classes {k}" for k in range(1, 9)},
 }
 OF_ONE_SET = {f"table {number}" for number in (1, 2, 3, 4, 6, 7)}  # whose figures are of its images
+OF_NO_ROW = ("-h", "--help", "--dry-run")
 MASKED = ("table 6", "table 7")
 DETECTOR = {"table 10": "igd", "figure 6": "igd"}  # of the paper, where it is not PaDiM
 
@@ -144,7 +146,8 @@ def read_sweep(file: Path) -> dict[str, str]:
     """
     settings: dict[str, str] = {}
     try:
-        lines = file.read_text("utf-8").splitlines()
+        with open_regular(file) as opened:
+            lines = opened.read().decode("utf-8").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{file}: not a text file") from None
     for number, line in enumerate(lines, 1):
@@ -158,6 +161,8 @@ def read_sweep(file: Path) -> dict[str, str]:
         if name in settings or name.startswith("-"):
             what = "is there twice" if name in settings else "is an option: a name comes first"
             raise ValueError(f"{file}, line {number}: {name} {what}")
+        if any(word in OF_NO_ROW for word in options):
+            raise ValueError(f"{file}, line {number}: none of {', '.join(OF_NO_ROW)} here")
         with contextlib.redirect_stderr(io.StringIO()) as messages:
             try:
                 of_row, resume = parse(options)

@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import re
 import stat
 import tempfile
 import zipfile
@@ -29,8 +30,24 @@ T = TypeVar("T")
 class Parser(argparse.ArgumentParser):
     """argparse with its errors on one line."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # a misspelt option is an error
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # --window -160,240 is a value
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(self.prog, message))
+
+
+def given_path(text: str) -> Path:
+    """An argument that is a path; an empty one comes of a shell's variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
+def real(path: str | Path) -> Path:
+    """The absolute path without links; Path.resolve ends in a RuntimeError where they go round."""
+    return Path(os.path.realpath(path))
 
 
 LONGEST = 760  # characters of a complaint: ten lines of a terminal
@@ -38,6 +55,8 @@ LONGEST = 760  # characters of a complaint: ten lines of a terminal
 
 def one_line(program: str, error: object) -> str:
     """What a program says when it ends with exit code 2: one line, of bounded length."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        error = f"{error.filename}: {error.strerror}"
     text = " ".join(f"{program}: {error}".split())
     return (text if len(text) <= LONGEST else f"{text[: LONGEST - 20].rstrip()} ... (cut)") + "\n"
 

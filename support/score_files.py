@@ -13,34 +13,31 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from support import data, figures
-from support.cache import complaint
+from support.cache import AHEAD, THREADS, ahead, complaint
+from support.claim import OURS
 from support.depth import window_of_set
 from support.healthy import Healthy
 from support.layouts import EXTENSIONS, walk
 from support.new_images import REPORT, NewImages, write_score_report
 from support.progress import notify, ours_alone, progress, show
-from support.run import encoded, make_folder, one_word, write_file
+from support.run import encoded, make_folder, one_word, real, write_file
 from support.scoring import score_batch
 from support.tables import quoted
 
 Array = NDArray[Any]
-T = TypeVar("T")
-U = TypeVar("U")
 
-THREADS = min(8, os.cpu_count() or 1)
-AHEAD = 32  # images that are read before they are scored, and drawn behind that
 COLUMNS = ("score", "percentile", "threshold", "verdict")  # of a detector in scores.csv
 MOST_SIDE = 32_000  # pixels of an overlay: JPEG has room for twice as many
 MAPS_FOR_SCALE = 64  # new images whose heat maps set the scale if nothing else does
@@ -112,12 +109,13 @@ def score_files(
     """
     found = image_files(paths)
     files, left_out = check_files(found, skip_bad)
-    window = config.get("values_shown") or window_of_set(files, "")
+    window = window_of_set(files, "", config)
     judges = {name: judge(name, detector, results) for name, detector in detectors.items()}
+    new = [path for path in (out, *out.parents) if not path.exists()] if out else []
     size, made = int(config["image_size"]), place(out, folder, paths)
     try:
         with ThreadPoolExecutor(THREADS) as pool, Output(made, judges, files, as_json, pool) as to:
-            read = ahead(pool, functools.partial(_attempt, size=size, window=window), files)
+            read = ahead(functools.partial(_attempt, size=size, window=window), files)
             shown = progress(read, len(files), "scoring")
             scored = _scored(detectors, _readable(shown, skip_bad, left_out), batch)
             first = list(islice(scored, MAPS_FOR_SCALE)) if to.lacks_scale() else []
@@ -128,7 +126,7 @@ def score_files(
         notify(f"interrupted: {made} has what was scored until then")
         raise
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(new[-1] if new else made, ignore_errors=True)  # and the folders above it
         raise
     if left_out:
         write_file(made / "left_out.txt", encoded("".join(f"{line}\n" for line in left_out)))
@@ -182,9 +180,9 @@ def check_files(files: list[Path], skip_bad: bool) -> tuple[list[Path], list[str
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(THREADS) as pool, ours_alone():
-        looked = pool.map(reason, files)
-        reasons = list(progress(looked, len(files), "looking at the files"))
+    with ours_alone():
+        looked = progress(ahead(reason, files), len(files), "looking at the files")
+        reasons = [text for _, text in looked]
     bad = [text for text in reasons if text]
     if bad and (not skip_bad or len(bad) == len(files)):
         raise ValueError(complaint(bad, len(files), skip_bad))
@@ -197,9 +195,11 @@ def place(out: Path | None, folder: Path, paths: Sequence[Path]) -> Path:
     raises: ValueError if it holds something, lies among the images or cannot be made.
     """
     if out is not None:
-        above = {path.resolve() for path in paths if path.is_dir()}
-        if above & {out.resolve(), *out.resolve().parents}:
+        above = {real(path) for path in paths if path.is_dir()}
+        if above & {real(out), *real(out).parents}:
             raise ValueError(f"--out {out}: lies among the images; name a folder outside them")
+        if {real(folder / name) for name in OURS} & set(real(out).parents):
+            raise ValueError(f"--out {out}: lies among the run's own files; name another folder")
         make_folder(out)
         if any(out.iterdir()):
             raise ValueError(f"--out {out}: is not empty; name another folder")
@@ -215,21 +215,6 @@ def place(out: Path | None, folder: Path, paths: Sequence[Path]) -> Path:
 
 
 # --- reading, scoring -----------------------------------------------------------------------------
-
-
-def ahead(
-    pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T]
-) -> Iterator[tuple[T, U]]:
-    """Each item with what `work` returns for it, in order; AHEAD of them are under way."""
-    waiting: deque[tuple[T, Future[U]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > AHEAD:
-            first, result = waiting.popleft()
-            yield first, result.result()
-    while waiting:
-        first, result = waiting.popleft()
-        yield first, result.result()
 
 
 def _attempt(

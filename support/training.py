@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder import ResNet18
+from encoder import Encoder, ResNet18
 from support.cache import Rows
 from support.claim import deferred
 from support.progress import Meter, notify
@@ -280,3 +280,32 @@ def start_weights(backbone: ResNet18, init: str) -> str:
     if not all_finite(weights):
         raise ValueError(f"--init {init}: some weights are infinite or NaN")
     return Path(init).name
+
+
+def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
+    """Another run's encoder, with heads that nothing has trained.   raises: ValueError, OSError."""
+    file, encoder = folder / name, Encoder()
+    if not file.is_file():
+        of_patches = "; it was run without IGD's local model" * name.startswith("encoder_local")
+        raise ValueError(f"--encoder {folder}: there is no {name} here{of_patches}")
+    try:
+        encoder.backbone.load_state_dict(weights := read_saved(file, "encoder", "cpu"))
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{file}: no state dict of a resnet18") from None
+    if not all_finite(weights):
+        raise ValueError(f"--encoder {folder}: some weights of {name} are infinite or NaN")
+    return encoder.to(device).eval(), f"the encoder of {folder.name}"
+
+
+def check_start(config: Any, folder: Path, *, local: bool) -> None:
+    """Try --encoder or --init before an image is read.
+
+    folder:  of the run; one with a checkpoint needs --init no more.
+    local:   an encoder of patches is needed, too.
+    raises:  ValueError or OSError as `encoder_of` and `start_weights`.
+    """
+    if config.encoder:
+        for name in ("encoder.pt", "encoder_local.pt")[: 1 + local]:
+            encoder_of(Path(config.encoder), name, "cpu")
+    elif not (config.init in ("auto", "imagenet") or (folder / "checkpoint.pt").exists()):
+        start_weights(ResNet18(), config.init)

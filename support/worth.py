@@ -8,7 +8,7 @@ Sizes: N training images, M test images, P of them abnormal and Q normal, S pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,13 @@ from encoder import ResNet18, seeded, to_unit
 from measures import aupro, auroc
 from medmix import medmix
 from support.layouts import Sample
+from support.progress import progress
 
 Array = NDArray[Any]
 
 ROUNDS = 2000  # of a bootstrap
+BLOCK = 100  # of them at once
+PAIRS = 2**24  # of a test and a training image that are compared at once
 NEIGHBOURS = 5
 THUMBNAIL = 16  # pixels a side
 FAKES = 300  # held-back healthy images that get a fake lesion, at most
@@ -39,23 +42,28 @@ def bootstrapped_aurocs(scores: Sequence[Array], labels: Array, seed: int) -> Ar
     """AUROCs of several detectors on the same resampled test images: (detectors, ROUNDS).
 
     Normal and abnormal images are resampled separately, with replacement. An AUROC is the mean over
-    all pairs of [s+ > s-] + [s+ = s-] / 2, so that of a resample is a product with its counts.
+    all pairs of [s+ > s-] + [s+ = s-] / 2, in a resample each image counts as often as it is drawn.
 
     scores: (M,) each.   labels: (M,) true where abnormal.
     """
     y, rng = np.asarray(labels, bool), np.random.default_rng([seed, 2])
-    counts = [
-        rng.multinomial(n, np.full(n, 1 / n), size=ROUNDS).astype(np.float32)
-        for n in (int(y.sum()), int((~y).sum()))
-    ]
+    drawn, drawn_normal = (_counts(int(n), rng) for n in (y.sum(), (~y).sum()))
     values = np.zeros((len(scores), ROUNDS))
     for row, s in zip(values, scores, strict=True):
-        positive, negative = s[y][:, None], s[~y][None]
-        for k in range(0, len(positive), 256):  # a block of the (P, Q) pairs
-            part = positive[k : k + 256]
-            wins = (part > negative).astype(np.float32) + 0.5 * (part == negative)
-            row += ((counts[0][:, k : k + 256] @ wins) * counts[1]).sum(axis=1)
+        order = np.argsort(s[~y])
+        ends = [np.searchsorted(s[~y][order], s[y], side) for side in ("left", "right")]
+        for k in range(0, ROUNDS, BLOCK):
+            below = np.cumsum(drawn_normal[k : k + BLOCK, order], axis=1, dtype=np.int64)
+            below = np.pad(below, ((0, 0), (1, 0)))  # (BLOCK, Q + 1): below none to below all
+            twice = below[:, ends[0]] + below[:, ends[1]]  # (BLOCK, P): what is equal counts half
+            row[k : k + BLOCK] = (drawn[k : k + BLOCK] * twice).sum(axis=1) / 2
     return values / (y.sum() * (~y).sum())
+
+
+def _counts(n: int, rng: np.random.Generator) -> Array:
+    """How often each of n images is drawn in each resample: (ROUNDS, n)."""
+    blocks = (rng.multinomial(n, np.full(n, 1 / n), size=BLOCK) for _ in range(ROUNDS // BLOCK))
+    return np.concatenate([block.astype(np.uint16) for block in blocks])
 
 
 def interval(values: Array) -> list[float]:
@@ -108,7 +116,9 @@ def trivial_scores(train: Array, test: Array, samples: Sequence[Sample]) -> dict
     train, test: (N, 3, S, S) and (M, 3, S, S) uint8.   samples: of the test images.
     """
     a, b, k = thumbnails(train), thumbnails(test), NEIGHBOURS
-    near = torch.cdist(b, a).topk(min(k, len(a)), largest=False).values.mean(dim=1).numpy()
+    distances = (torch.cdist(part, a) for part in _parts(b, a, "nearest training images"))
+    nearest = [d.topk(min(k, len(a)), largest=False).values.mean(dim=1) for d in distances]
+    near = torch.cat(nearest).numpy()
     size = np.array([float(sample.path.stat().st_size) for sample in samples])
     light = b.mean(dim=1).numpy()
     return {
@@ -122,9 +132,17 @@ def trivial_scores(train: Array, test: Array, samples: Sequence[Sample]) -> dict
 
 def thumbnails(images: Array) -> torch.Tensor:
     """(N, 3 * 16 * 16): means over blocks of pixels, in [0, 1]."""
-    starts = range(0, len(images), 256)
-    parts = (to_unit(images[k : k + 256], "cpu") for k in starts)
-    return torch.cat([F.adaptive_avg_pool2d(x, THUMBNAIL).flatten(1) for x in parts])
+    small = torch.empty(len(images), 3 * THUMBNAIL**2)
+    for k in range(0, len(images), 256):
+        x = to_unit(images[k : k + 256], "cpu")
+        small[k : k + 256] = F.adaptive_avg_pool2d(x, THUMBNAIL).flatten(1)
+    return small
+
+
+def _parts(b: torch.Tensor, a: torch.Tensor, label: str) -> Iterator[torch.Tensor]:
+    """Rows of b, so many that PAIRS of them with all rows of a are held at once."""
+    parts = b.split(max(1, PAIRS // len(a)))
+    return progress(parts, len(parts), label)
 
 
 # --- fake lesions --------------------------------------------------------------------------------
@@ -171,11 +189,10 @@ def near_duplicates(train: Array, test: Array) -> list[tuple[int, int]]:
     """
     a, b = thumbnails(train), thumbnails(test)
     mean = a.mean(dim=0)
-    a, b = (t - mean for t in (a, b))
-    a, b = (F.normalize(t - t.mean(dim=1, keepdim=True), dim=1) for t in (a, b))
-    pairs = []
-    for k in range(0, len(b), 1024):
-        best, which = (b[k : k + 1024] @ a.T).max(dim=1)
-        alike = (best > ALIKE).nonzero()[:, 0].tolist()
-        pairs += [(k + i, int(which[i])) for i in alike]
-    return pairs
+    for t in (a, b):  # in place: those of a hundred thousand images take 300 MB
+        t -= mean
+        t -= t.mean(dim=1, keepdim=True)
+        F.normalize(t, dim=1, out=t)
+    nearest = [(part @ a.T).max(dim=1) for part in _parts(b, a, "looking for near-duplicates")]
+    best, which = (torch.cat(parts) for parts in zip(*nearest, strict=True))
+    return [(i, int(which[i])) for i in (best > ALIKE).nonzero()[:, 0].tolist()]

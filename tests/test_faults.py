@@ -10,6 +10,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import unicodedata
@@ -23,6 +25,7 @@ from PIL import Image
 from test_training import Toy
 
 import eval as evaluation
+import experiments
 import pmsacl
 from detectors import PaDiM
 from encoder import ResNet18
@@ -31,6 +34,7 @@ from support import (
     checks,
     claim,
     data,
+    datasets,
     depth,
     job,
     layouts,
@@ -576,6 +580,233 @@ def test_accents_are_the_same_however_they_are_stored(tmp_path):
     picture(other / f"images/{apart}.png")
     (other / "data.json").write_text(json.dumps({"train": {"0": [f"{composed}.png"]}, "test": {}}))
     assert layouts.discover(other).train[0].is_file()
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, detector_state) -> Path:
+    """Runs, images and what is neither; nothing below may change anything here."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "run/figures").mkdir(parents=True)
+    (root / "run/figures/x.png").touch()
+    (root / "run/config.json").write_text(json.dumps(good_config() | {"image_size": S}))
+    torch.save(detector_state, root / "run/detector.pt")
+    for name in ("no-detector", "no-config", "bad-results", "bad-detector", "pipe-detector"):
+        shutil.copytree(root / "run", root / name)
+    (root / "no-detector/detector.pt").unlink()
+    (root / "no-config/config.json").unlink()
+    (root / "bad-results/results.json").write_text("{")
+    (root / "bad-detector/detector_igd.pt").write_bytes(b"x")
+    (root / "pipe-detector/detector.pt").unlink()
+    os.mkfifo(root / "pipe-detector/detector.pt")
+    for i in range(3):
+        picture(root / f"new/{i}.png", i)
+        picture(root / f"healthy/{i}.png", i)
+    shutil.copytree(mvtec(root / "set"), root / "no-masks")
+    shutil.rmtree(root / "no-masks/ground_truth")
+    for name in ("bad", "cut", "piped", "all-bad"):
+        (root / name).mkdir()
+        if name != "all-bad":
+            picture(root / name / "good.png")
+    (root / "bad/x.png").write_bytes(b"x")
+    (root / "cut/x.png").write_bytes(png()[:900])
+    os.mkfifo(root / "piped/x.png")
+    for i in range(40):
+        (root / f"all-bad/{i}.png").write_bytes(b"x")
+    (root / "empty").mkdir()
+    (root / "file").write_text("x")
+    os.mkfifo(root / "pipe")
+    (root / "loop").symlink_to("loop")
+    (root / "nowhere").symlink_to("is-not-there")
+    float_tiff(root / "negative.tif", np.full((40, 40), -5.0))
+    Image.new("1", (15_000, 15_000)).save(root / "huge.png")
+    picture(root / "tiny.png", size=(4, 40))
+    torch.save({"conv1.weight": torch.zeros(1)}, root / "other.pt")
+    (root / "nan").mkdir()
+    weights = ResNet18().state_dict() | {"fc.bias": torch.full((1000,), math.nan)}
+    torch.save(weights, root / "nan/encoder.pt")
+    for name, text in SETTINGS.items():
+        (root / f"{name}.txt").write_text(text)
+    (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    return root
+
+
+SETTINGS = {
+    "none": "# nothing\n", "twice": "a --lr 0.1\na --lr 0.2\n", "option": "--lr 0.1\n",
+    "quote": 'a "x\n', "unknown": "a --nope 1\n", "word": "a --lr high\n", "range": "a --lr -1\n",
+    "out": "a --out x\n", "seed": "a --seed 3\n", "resume": "a --resume\n", "words": "a b\n",
+    "long": "a --lr 0.1 " + "x" * 9000 + "\n", "plan": "a --dry-run\n",
+    "row": "nobody --lr 0.1\n", "method": "PMSACL --method nope\n", "comma": "a --detector igd,\n",
+    "help": "a --help\n", "short": "a --epoch 3\n", "share": "a --healthy-share 2\n",
+    "window": "a --window 3\n",
+}  # fmt: skip
+NO_RUN = "no finished run here; looked for config.json and detector.pt"
+UNUSABLE = "1 of {} files cannot be used: {}.*--skip-bad"
+BAD_SCORINGS = [
+    ("", "required: RUN"),
+    *((f"{run} --score new", f"{run}: {NO_RUN}") for run in ("nothing", "file", "empty", "pipe")),
+    *((f"{run} --score new", NO_RUN) for run in ("no-detector", "no-config", "loop", "new")),
+    ("bad-results --score new", "results.json: damaged"),
+    ("bad-detector --score new", "detector_igd.pt: no detector, or a damaged one"),
+    ("pipe-detector --score new", "detector.pt: not a regular file"),
+    ("run --score", "--score: expected at least one argument"),
+    ("run --score ''", "--score: is empty"),
+    ("'' --score new", "RUN: is empty"),
+    *((f"run --score {p}", "no such file or") for p in ("x.png", "new/*", "nowhere", "loop")),
+    ("run --score new x.png", "x.png: no such file or folder"),
+    ("run --score empty", "empty: no images in this folder"),
+    ("run --score new run/empty empty", "no such file or folder"),
+    ("run --score pipe", UNUSABLE.format(1, "pipe: not a regular file")),
+    ("run --score /dev/zero", UNUSABLE.format(1, "/dev/zero: not a regular file")),
+    ("run --score piped", UNUSABLE.format(2, "piped/x.png: not a regular file")),
+    ("run --score file", UNUSABLE.format(1, "file: not an image")),
+    ("run --score bad", UNUSABLE.format(2, "bad/x.png: not an image")),
+    ("run --score bad --out a/b", UNUSABLE.format(2, "bad/x.png: not an image")),
+    ("run --score cut", UNUSABLE.format(1, "cut/x.png: ")),
+    ("run --score cut --out a/b --json", UNUSABLE.format(1, "cut/x.png: ")),
+    ("run --score tiny.png", UNUSABLE.format(1, "tiny.png: 4 x 40 pixels")),
+    ("run --score huge.png", UNUSABLE.format(1, "huge.png: of more than 178 million pixels")),
+    ("run --score all-bad", "40 of 40 files cannot be used: .*and 30 more"),
+    ("run --score all-bad --skip-bad", "40 of 40 files cannot be used: .*and 30 more"),
+    ("run --score negative.tif", "holds negative values.*the run knows images of 8 bits only"),
+    *((f"run --score new --out {out}", "lies among the images") for out in ("new", "new/a/b")),
+    ("run --score new/0.png . --out a", "lies among the images"),
+    *((f"run --score new --out {out}", "is not empty") for out in ("run", "run/figures", "set")),
+    ("run --score new --out run/figures/a", "lies among the run's own files"),
+    ("run --score new --out run/cache/a", "lies among the run's own files"),
+    *((f"run --score new --out {out}", f"{out}: cannot be made") for out in (
+        "file", "file/a", "pipe", "nowhere", "loop", "/proc/a", "/dev/null", "run/detector.pt",
+        "a" * 300,
+    )),
+    ("run --score new --out ''", "--out: is empty"),
+    ("run --score new --out", "--out: expected one argument"),
+    ("run --json", "--json go with --score"),
+    ("run --out a", "--out and --json go with --score"),
+    ("run --score new --data set", "goes with neither --data"),
+    ("run --score new --paper-protocol", "nor --paper-protocol"),
+    *((f"run --score new --batch-size {n}", "--batch-size") for n in ("0", "-1", "x", "1.5", "")),
+    *((f"run --score new --device {d}", "--device must be") for d in ("gpu", "cuda:x", "''")),
+    ("run --score new --window 0,1", "unrecognized arguments: --window"),
+    ("run new", "unrecognized arguments: new"),
+    ("run", "x: the images of run are not there; --data names their place"),
+    ("run --data ''", "--data: is empty"),
+    *((f"run --data {p}", f"{p}: no such folder") for p in ("x", "file", "pipe", "loop")),
+    ("run --data healthy", "without test images: nothing to measure"),
+    ("run --data empty", "found no images"),
+    ("run --data set/test/good", "without test images: nothing to measure"),
+]  # fmt: skip
+QUICK = "--data healthy --out a --preset quick --image-size 32 --init random"
+BAD_RUNS = [
+    *((f"{QUICK} --encoder {p}", "--encoder .*no encoder.pt here") for p in (
+        "nothing", "file", "empty", "pipe", "loop", "run", "other.pt",
+    )),
+    *((f"{QUICK} --init {p}", f"--init {p}") for p in ("x", "empty", "pipe", "file", "other.pt")),
+    (f"{QUICK} --encoder nan", "--encoder .*nan: some weights of encoder.pt are infinite or NaN"),
+    (f"{QUICK} --init nan/encoder.pt", "--init nan/encoder.pt: some weights are infinite or NaN"),
+    *((f"{QUICK} --init {p}", f"--init {p}") for p in ("loop", "nowhere", "run/config.json")),
+    *((f"{QUICK} --detector {names}", "--detector must be both, or some of padim") for names in (
+        ",", "padim,", ",padim", "padim,padim", "PaDiM", "both,dae", "padim;dae", "untrained",
+        "'padim, dae'", "f_beta",
+    )),
+    *((f"{QUICK} --healthy-share {v}", "--healthy-share") for v in ("10%", "''", "0.51", "-1")),
+    *((f"{QUICK} --window {v}", "--window must be two numbers") for v in (
+        "5", "5,5", "5,1", "-5,-9", "-5", "a,b", "1;2", "'1 2'", "0,1e400", "-inf,0", "1,,2",
+    )),
+    *((f"{QUICK} --lr 0 --window {v}", "--lr must be") for v in ("-160,240", "-.5,.5")),
+    ("--data loop --out a", "loop: no such folder"),
+    ("--data set --out loop/a", "--out .*loop"),
+    ("--resume loop", "--resume loop: no run"),
+]  # fmt: skip
+BAD_TABLES = [
+    ("", "nothing to do: name a --table, a --figure or a --sweep"),
+    *((f"--table {n}", "argument --table") for n in ("", "0", "11", "x", "1.5", "1,2")),
+    *((f"--figure {n}", "argument --figure") for n in ("", "0", "8", "x")),
+    *((f"--table 9 --data {p}", "no such folder of images") for p in ("x", "file", "pipe", "loop")),
+    ("--table 9 --data ''", "--data: is empty"),
+    ("--table 9 --data empty", "found no images"),
+    ("--table 9 --data healthy", "no test images to measure on"),
+    ("--figure 3 --data healthy", "no test images to measure on"),
+    ("--table 7 --data no-masks", "no masks, which --table 7 measures with"),
+    *((f"--table 9 --data set --seeds {n}", "--seeds") for n in ("0", "-1", "x", "''", "9999999")),
+    *((f"--table 9 --data set {o}", "--seeds N runs") for o in ("--seed 3", "--resume")),
+    ("--table 9 --data set --dry-run", "--dry-run goes with pmsacl.py alone"),
+    ("--table 9 --data set --nope", "unrecognized arguments: --nope"),
+    ("--table 9 --data set --image-size 33", "--image-size must be"),
+    ("--table 9 --data set --healthy-share 2", "--healthy-share must be"),
+    ("--table 9 --data set --window 1", "--window must be"),
+    ("--table 9 --data set --detector padim,", "--detector must be"),
+    ("--table 9 --data set --preset fast", "--preset must be"),
+    ("--table 9 --data set --encoder run", "--encoder .*no encoder.pt here"),
+    ("--table 9 --data set --init other.pt", "--init other.pt: no state dict"),
+    *((f"--table 9 --data set --out {o}", "lies in --data") for o in ("set", "set/a", "set/a/b")),
+    *((f"--table 9 --data set --out {o}", "cannot be made") for o in ("file", "file/a", "/proc/a")),
+    ("--table 9 --data set --out ''", "--out: is empty"),
+    *((f"--figure 1 --run {p}", "no run here, there is no config.json") for p in (
+        "x", "file", "empty", "pipe", "loop", "no-config",
+    )),
+    ("--figure 1 --run ''", "--run: is empty"),
+    ("--run run", "--run goes with|nothing to do"),
+    ("--table 9 --run run", "--run goes with --figure 1 to 5"),
+    ("--figure 6 --run run", "--run goes with --figure 1 to 5"),
+    ("--figure 1 --run run --lr 0.1", "has its own settings: leave out --lr"),
+    ("--figure 1 --run run --data set", "has its own settings: leave out --data"),
+    ("--figure 2 --show", "--show prints tables"),
+    ("--sweep ''", "--sweep: is empty"),
+    *((f"--sweep {p}", f"{p}") for p in ("x", "empty", "pipe", "loop", "nowhere", "/dev/zero")),
+    ("--sweep binary.txt", "binary.txt: not a text file"),
+    ("--sweep none.txt", "none.txt: no settings"),
+    *((f"--sweep {name}.txt", f"{name}.txt, line {n}: ") for name, n in (
+        ("twice", 2), ("option", 1), ("quote", 1), ("unknown", 1), ("word", 1), ("out", 1),
+        ("seed", 1), ("resume", 1), ("words", 1), ("long", 1), ("help", 1), ("plan", 1),
+        ("short", 1),
+    )),
+    *((f"--sweep {name}.txt", said) for name, said in (
+        ("range", "range, row a: --lr"),
+        ("comma", "comma, row a: --detector"), ("share", "share, row a: --healthy-share"),
+        ("window", "window, row a: --window"),
+    )),
+    ("--table 5 --rows ''", "--rows: is empty"),
+    *((f"--table 5 --rows {p}", f"{p}") for p in ("x", "empty", "pipe", "loop", "/dev/zero")),
+    ("--table 5 --rows none.txt", "none.txt: no settings"),
+    ("--table 5 --rows binary.txt", "binary.txt: not a text file"),
+    ("--table 5 --rows row.txt", "no row is called nobody"),
+    ("--table 5 --rows method.txt", "table 5, row PMSACL: --method must be"),
+]  # fmt: skip
+BAD_COUNTS = [
+    ("", "required: DIR"), ("''", "DIR: is empty"), ("set set", "unrecognized arguments: set"),
+    *((p, f"{p}: no such folder of images") for p in ("x", "file", "pipe", "loop", "nowhere")),
+    ("empty", "found no images"), ("run/figures --nope", "unrecognized arguments: --nope"),
+]  # fmt: skip
+COMMANDS = {
+    evaluation.main: BAD_SCORINGS, job.main: BAD_RUNS, experiments.main: BAD_TABLES,
+    datasets.main: BAD_COUNTS,
+}  # fmt: skip
+BAD_COMMANDS = [(main, *row) for main, rows in COMMANDS.items() for row in rows]
+NAMES = [f"{main.__module__} {words[:60]}" for main, words, _ in BAD_COMMANDS]
+
+
+@pytest.mark.parametrize(("main", "words", "said"), BAD_COMMANDS, ids=NAMES)
+def test_a_bad_command_ends_in_one_line_and_changes_nothing(
+    main, words, said, places, monkeypatch, capsys
+):
+    monkeypatch.chdir(places)
+    before = state_of(places)
+    try:
+        status = main(shlex.split(words))
+    except SystemExit as ended:  # argparse
+        status = ended.code
+    out, error = capsys.readouterr()
+    *notes, last = error.splitlines()
+    assert status == 2 and out == "" and len(last) <= LONGEST and len(notes) <= 4, error
+    assert re.search(said, last), last
+    assert state_of(places) == before
+
+
+def state_of(root: Path) -> dict[Path, int]:
+    """All that is there, with the times of what is no folder."""
+    return {path: path.is_dir() or path.lstat().st_mtime_ns for path in root.rglob("*")}
 
 
 # --- content -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from conftest import picture
 from PIL import Image
 
 import eval as evaluation
-from support import score_files
+from support import cache, score_files
 from support.healthy import Healthy
 
 
@@ -230,7 +230,6 @@ def test_without_any_scale_the_first_new_images_set_it(run, new, monkeypatch):
 
 def test_files_are_read_ahead_and_not_all_at_once():
     begun = []
-    with score_files.ThreadPoolExecutor(2) as pool:
-        pairs = score_files.ahead(pool, lambda x: begun.append(x) or -x, range(1000))
-        assert next(pairs) == (0, 0) and len(begun) <= score_files.AHEAD + 1
-        assert [value for _, value in pairs] == [-x for x in range(1, 1000)]
+    pairs = cache.ahead(lambda x: begun.append(x) or -x, range(1000))
+    assert next(pairs) == (0, 0) and len(begun) <= cache.AHEAD + 1
+    assert [value for _, value in pairs] == [-x for x in range(1, 1000)]
