@@ -18,7 +18,7 @@ from support import checks, healthy, layouts
 from support.compared import chosen
 from support.phantom import draw
 from support.progress import LONG, duration, notify, show, size_of
-from support.run import ranks
+from support.run import ranks, real
 from support.training import check_start
 
 HEAVY = 4e6  # pixels of a step's views; a CPU takes seconds for a step with more
@@ -30,7 +30,7 @@ def dry_run(config: Any, folder: Path) -> None:
     train, normal, abnormal = (defaults[name] for name in ("train", "good", "abnormal"))
     masks, lines = abnormal, ["phantom images, which the run draws"]
     if config.data:
-        dataset = layouts.discover(Path(config.data).resolve(), seed=config.seed)
+        dataset = layouts.discover(real(config.data), seed=config.seed)
         dataset.check_test()
         check_start(config, folder, local=config.local_igd)
         checks.at_the_start(config, folder, dataset)

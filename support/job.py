@@ -51,6 +51,7 @@ from support.run import (
     make_folder,
     ranks,
     read_text,
+    real,
     save_atomically,
     wait_for_all,
     write_file,
@@ -81,7 +82,7 @@ def prepare(config: Config, folder: Path) -> Images:
     raises: ValueError or OSError.
     """
     check_start(config, folder, local=config.local_igd)
-    root = Path(config.data or folder / "phantom").resolve()
+    root = real(config.data or folder / "phantom")
     if not config.data:
         make_folder(folder)
         phantom.draw(root, size=config.image_size)

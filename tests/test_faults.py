@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -672,7 +673,7 @@ BAD_SCORINGS = [
     ("run --score all-bad --skip-bad", "40 of 40 files cannot be used: .*and 30 more"),
     ("run --score negative.tif", "holds negative values.*the run knows images of 8 bits only"),
     *((f"run --score new --out {out}", "lies among the images") for out in ("new", "new/a/b")),
-    ("run --score new/0.png . --out a", "lies among the images"),
+    ("run --score new/0.png new --out new/a", "lies among the images"),
     *((f"run --score new --out {out}", "is not empty") for out in ("run", "run/figures", "set")),
     ("run --score new --out run/figures/a", "lies among the run's own files"),
     ("run --score new --out run/cache/a", "lies among the run's own files"),
@@ -712,7 +713,7 @@ BAD_RUNS = [
     )),
     *((f"{QUICK} --healthy-share {v}", "--healthy-share") for v in ("10%", "''", "0.51", "-1")),
     *((f"{QUICK} --window {v}", "--window must be two numbers") for v in (
-        "5", "5,5", "5,1", "-5,-9", "-5", "a,b", "1;2", "'1 2'", "0,1e400", "-inf,0", "1,,2",
+        "5", "5,5", "5,1", "-5,-9", "-5", "a,b", "1;2", "'1 2'", "0,1e400", "1,,2",
     )),
     *((f"{QUICK} --lr 0 --window {v}", "--lr must be") for v in ("-160,240", "-.5,.5")),
     ("--data loop --out a", "loop: no such folder"),
@@ -783,6 +784,7 @@ COMMANDS = {
     evaluation.main: BAD_SCORINGS, job.main: BAD_RUNS, experiments.main: BAD_TABLES,
     datasets.main: BAD_COUNTS,
 }  # fmt: skip
+load_once = functools.cache(evaluation.load)  # half a second each time
 BAD_COMMANDS = [(main, *row) for main, rows in COMMANDS.items() for row in rows]
 NAMES = [f"{main.__module__} {words[:60]}" for main, words, _ in BAD_COMMANDS]
 
@@ -792,6 +794,7 @@ def test_a_bad_command_ends_in_one_line_and_changes_nothing(
     main, words, said, places, monkeypatch, capsys
 ):
     monkeypatch.chdir(places)
+    monkeypatch.setattr(evaluation, "load", load_once)
     before = state_of(places)
     try:
         status = main(shlex.split(words))
