@@ -167,11 +167,9 @@ def test_a_fault_leaves_nothing_behind(run, new, tmp_path, capsys, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     assert "not a regular file" in refused(capsys, run, "--score", new, tmp_path / "pipe.png")
     for value in (math.nan, math.inf):
-        monkeypatch.setattr(
-            Blind, "score", lambda self, x, v=value: (None, torch.full((len(x),), v))
-        )
-        assert "not finite in" in refused(capsys, run, "--score", new)
-    monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(Blind, "score", lambda self, x, v=value: (None, torch.full((len(x),), v)))
+            assert "not finite in" in refused(capsys, run, "--score", new)
 
     def full(*_):
         raise OSError(28, "No space left on device")
