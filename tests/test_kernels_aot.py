@@ -15,8 +15,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-from bench import builds
-from bench.page import write_block
 from kernels import HAS_TRITON, contrastive, mahalanobis
 
 # bytes of shared memory a block may have
@@ -90,33 +88,6 @@ def test_a_tile_takes_few_instructions(rows):
         if r["kind"] == "bf16" and r["Z"] == "128"
     }
     assert all(found[key] <= limit for key, limit in limits.items()), found
-
-
-ROWS = f"""{builds.COLUMNS.replace(" ", ",")},matrix,before,triton
-contrastive_forward,bf16,128,128 x 64,8,3,sm_80,127,0,66560,346,346,64,,3.7.1
-contrastive_forward,bf16,128,128 x 64,8,3,sm_86,127,0,66560,346,346,64,,3.7.1
-contrastive_forward,bf16,128,128 x 64,8,3,sm_80,128,0,66560,346,346,64,,3.6.0
-contrastive_forward,bf16,128,128 x 64,8,3,sm_86,128,0,66560,346,346,64,,3.6.0
-contrastive_forward,bf16,128,64 x 64,8,2,sm_80,100,4,33792,486,972,64,old,3.7.1
-contrastive_forward,bf16,128,64 x 64,8,2,sm_86,100,4,33792,486,972,0,old,3.7.1
-"""
-
-
-def test_the_table_of_builds_stands_between_its_marks(tmp_path):
-    file, page = tmp_path / "rows.csv", tmp_path / "page.md"
-    file.write_text(ROWS)
-    page.write_text("above\n<!-- a -->\nold\n<!-- /a -->\nbelow\n")
-    write_block("a", builds.table([str(file)]), page)
-    top, rest = page.read_text().split("<!-- a -->\n")
-    inner, bottom = rest.split("<!-- /a -->")
-    assert (top, bottom) == ("above\n", "\nbelow\n") and "Triton 3.7.1 / 3.6.0" in inner
-    row = (
-        "| contrastive forward, bf16 | {} | 128 x 64, 8, 3 | 127 / 128 | 0 | 66,560 | 346 | 346 | "
-    )
-    row += "100 / - | 4 / - | 33,792 / - | {} |"  # an old kernel's loop of plain products is not counted
-    assert inner.split("\n")[-4:-2] == [row.format("sm_80", "972 / -"), row.format("sm_86", "-")]
-    with pytest.raises(ValueError, match="no <!-- b -->"):
-        write_block("b", [], page)
 
 
 # The graph is only made, forward and backward: what would run it returns a zero.
