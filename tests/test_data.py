@@ -316,7 +316,7 @@ def test_skip_bad_with_nothing_left(tmp_path):
 def test_an_interrupted_decode_leaves_nothing(tmp_path, monkeypatch):
     paths = [picture(tmp_path / f"{i}.png", i) for i in range(4)]
 
-    def stop(path, size):
+    def stop(path, size, window):
         if path.name == "2.png":
             raise KeyboardInterrupt
         return np.zeros((3, size, size), np.uint8)

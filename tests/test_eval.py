@@ -201,6 +201,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         evaluation, "load", lambda path, device: (Igd if "igd" in path.name else Padim)()
     )
+    monkeypatch.setattr(evaluation, "KINDS", {"padim": Padim, "igd": Igd})
     return folder
 
 
