@@ -99,25 +99,34 @@ def run_job(config: Config, out: Path, keep: bool) -> None:
 
 
 def result_of(config: Config, detector: str, out: Path) -> dict[str, Any] | None:
-    """MEASURES of a finished run with one of its detectors; None if there is no such run."""
+    """MEASURES of a finished run with one of its detectors; None if there is no such run.
+
+    raises: ValueError if its files are damaged.
+    """
     folder = folder_of(config, out)
     if not (folder / "results.json").exists():
         return None
     results = read_json(folder / "results.json")
-    row = results[detector]
-    result = {name: row[name] for name in MEASURES if name in row} | {"seed": config.seed}
-    result |= dict(zip(ENDS, row.get("image_auroc_interval", ()), strict=False))
-    if "baseline" in row:
-        result["baseline"] = row["baseline"]
-    seconds = {k: v for k, v in results["seconds"].items() if k == detector or k not in NAMES}
-    result["minutes"] = sum(seconds.values()) / 60
-    if "fake_lesions" in results:
-        result["fake_lesions"] = results["fake_lesions"]["image_auroc"]
-    if (folder / "log.csv").exists():
-        last = read_rows(folder / "log.csv")[-1]
-        result["spread"] = float(last["spread"])
-        if last.get("accuracy"):
-            result["pretext"] = float(last["accuracy"])
+    try:
+        row = results[detector]
+        result = {name: row[name] for name in MEASURES if name in row} | {"seed": config.seed}
+        result["image_auroc"] = float(row["image_auroc"])
+        result |= dict(zip(ENDS, row.get("image_auroc_interval", ()), strict=False))
+        if "baseline" in row:
+            result["baseline"] = row["baseline"]
+        seconds = {k: v for k, v in results["seconds"].items() if k == detector or k not in NAMES}
+        result["minutes"] = sum(seconds.values()) / 60
+        if "fake_lesions" in results:
+            result["fake_lesions"] = results["fake_lesions"]["image_auroc"]
+        if (folder / "log.csv").exists():
+            last = read_rows(folder / "log.csv")[-1]
+            result["spread"] = float(last["spread"])
+            if last.get("accuracy"):
+                result["pretext"] = float(last["accuracy"])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder}: results.json or log.csv is damaged; delete the folder to run it again"
+        ) from None
     return result
 
 

@@ -231,6 +231,17 @@ def test_files_that_are_something_else_are_named(tmp_path, capsys):
     assert "bad/config.json: damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", '{"padim": []}', '{"padim": {"image_auroc": "x"}}', '{"padim": {}}']
+)
+def test_a_run_with_damaged_results_is_named(text, tmp_path):
+    folder = finished(tmp_path, config(), 0.5)
+    assert experiments.result_of(config(), "padim", tmp_path)
+    (folder / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{folder}: results.json or log.csv is damaged"):
+        experiments.result_of(config(), "padim", tmp_path)
+
+
 def test_tables_of_two_data_sets_do_not_overwrite_each_other(tmp_path):
     for data in ("/x/images", "/y/images"):
         common = {"data": data, "skip_bad": True}
