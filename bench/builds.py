@@ -272,6 +272,8 @@ def main() -> None:
     what.add_argument("--table", nargs="+", metavar="CSV", help="rewrite the table from these rows")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="number and of how many")
     args = parser.parse_args()
+    if not 0 <= args.share[0] < args.share[1]:
+        parser.error(f"--share {args.share[0]} {args.share[1]}: the first is 0 to the second - 1")
     if args.table:
         write_block("bench.builds", table(args.table))
         return

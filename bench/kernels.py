@@ -370,6 +370,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench.csv"), help="CSV")
     parser.add_argument("--commit", default="", help="of the code, where there is no git")
     args = parser.parse_args()
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        parser.error(f"--out {args.out}: not a file in a folder that is there")
     about = provenance(args.commit)
     told = ", ".join(f"{key} {value}" for key, value in about.items())
     print(told)
