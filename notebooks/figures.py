@@ -45,7 +45,7 @@ def show(picture):
 
 folder = Path(tempfile.mkdtemp())
 phantom.draw(folder / "phantom", train=40, good=24, abnormal=24, size=64)
-quick = {"data": str(folder / "phantom"), "preset": "quick", "init": "random", "batch_size": 8}
+quick = {"data": str(folder / "phantom"), "preset": "quick", "init": "random"}
 run = folder / "run"
 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
     options = {"epochs": 1, "detector": "both", "local": "no", "igd_epochs": 3, "out": str(run)}
