@@ -65,7 +65,10 @@ class ADGAN(Detector):
         }
 
     def phases(self, images: np.ndarray) -> Iterator[Training]:
-        groups = {"generators": ("to_latent", "to_image"), "judges": ("of_latent", "of_image")}
+        groups = {
+            "generators": ("to_latent", "to_image"),
+            "discriminators": ("of_latent", "of_image"),
+        }
         adams = {
             name: torch.optim.Adam(
                 [w for part in parts for w in self.networks[part].parameters()],

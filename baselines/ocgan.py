@@ -120,8 +120,8 @@ class OCGAN(Detector):
         with autocast(x.device), torch.no_grad():
             negative = decoder(s)
         with autocast(x.device):
-            terms["latent_judge"] = real(of_latent(s)) + fake(of_latent(z.detach()))
-            terms["visual_judge"] = real(of_image(x)) + fake(of_image(drawn.detach()))
+            terms["latent_discriminator"] = real(of_latent(s)) + fake(of_latent(z.detach()))
+            terms["visual_discriminator"] = real(of_image(x)) + fake(of_image(drawn.detach()))
             terms["classifier"] = real(classifier(x_tilde.detach())) + fake(classifier(negative))
         return {name: term.float() for name, term in terms.items()}
 

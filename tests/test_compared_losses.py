@@ -61,7 +61,7 @@ def test_msssim_is_eq_11_with_the_global_part_alone():
 # --- f-AnoGAN ------------------------------------------------------------------------------------
 
 
-def judge() -> nn.Module:
+def small_critic() -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(
         nn.Conv2d(3, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 1)
@@ -86,7 +86,7 @@ def printed_penalty(critic, x, fake, mix, step=1e-5):
 
 
 def test_the_gradient_penalty_agrees_with_finite_differences_and_so_does_its_gradient():
-    critic, (x, fake), mix = judge(), doubles(2, 2, 3, 4, 4), doubles(2)
+    critic, (x, fake), mix = small_critic(), doubles(2, 2, 3, 4, 4), doubles(2)
 
     def penalty():
         return fanogan.gradient_penalty(lambda y: critic(y)[:, 0], x, fake, mix)
@@ -207,7 +207,8 @@ def test_ocgan_mines_negatives_with_its_own_classifier_and_trains_each_part_on_i
     training = next(iter(detector.trainings(images(4))))
     owners = {
         "rec": {"encoder", "decoder"}, "latent": {"encoder"}, "visual": {"decoder"},
-        "latent_judge": {"latent"}, "visual_judge": {"visual"}, "classifier": {"classifier"},
+        "latent_discriminator": {"latent"}, "visual_discriminator": {"visual"},
+        "classifier": {"classifier"},
     }  # fmt: skip
     trained_by(training, detector, owners)
 
