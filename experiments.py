@@ -331,8 +331,7 @@ def _common_options(
     if not options.get("data"):
         return options, "phantom", ""
     check_places(options["data"], args.out)
-    begun_from = {"encoder": options.get("encoder", ""), "init": options.get("init", "auto")}
-    check_start(argparse.Namespace(**begun_from), args.out, local=False)
+    check_start(options.get("encoder", ""), options.get("init", "auto"), args.out)
     dataset = layouts.discover(options["data"])
     if not dataset.test and (args.table or args.sweep or set(args.figure) - {1, 2}):
         raise ValueError(f"{options['data']}: {dataset.layout}, no test images to measure on")

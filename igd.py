@@ -307,8 +307,8 @@ class Training:
         """l_rec + l_h + 0.1 E d(g(z_alpha))^2 of the next batch, and the critic's loss.   [P:§3.3]
 
         The auto-encoder's terms have no gradient for the critic, and the critic's loss none for the
-        auto-encoder. l_h has none at all before eq. 12 joins: if it
-        pulls z together before the decoder uses z, all x~ stay the same image.
+        auto-encoder. l_h has none at all before eq. 12 joins: if it pulls z together before the
+        decoder uses z, all x~ stay the same image.
 
         returns: "rec", "h", "critic" and "critic_loss" -> scalar.
         """

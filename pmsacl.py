@@ -154,7 +154,7 @@ class Pretraining:
     """
 
     def __init__(self, images: np.ndarray | Tensor, config: Config, *, local: bool = False) -> None:
-        self.data, self.config, self.local = images, config, local
+        self.config, self.local = config, local
         self.name = "local" if local else ""
         self.device = torch.device(config.device)
         self.pixels = resident(images, self.device)
@@ -303,7 +303,7 @@ class Pretraining:
             )
         finite = math.isfinite(health["spread"])  # if it is not, the next step says what to do
         if not self.local and self.rank == 0 and finite:
-            fakes = fake_lesions(self.encoder.backbone, self.data, seed=self.config.seed)
+            fakes = fake_lesions(self.encoder.backbone, self.pixels, seed=self.config.seed)
             health |= {"fake_auroc": fakes["image_auroc"], "fake_aupro": fakes["aupro"]}
         return health
 

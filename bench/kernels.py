@@ -96,10 +96,8 @@ def eager_contrastive(z: Tensor, n: Tensor, pair: Tensor, c: Tensor) -> Tensor:
 
 def flex_contrastive(z: Tensor, n: Tensor, pair: Tensor, c: Tensor) -> Tensor:
     """The same; of the values that FlexAttention must average, 16 columns, the fewest it takes."""
-    (same, different, positive), f = (
-        kappas(**KAPPA, positive_scale="kappa"),
-        centred_features(z, n, c),
-    )
+    same, different, positive = kappas(**KAPPA, positive_scale="kappa")
+    f = centred_features(z, n, c)
 
     def score(s: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(i == j, -torch.inf, torch.where(n[i] == n[j], same, different) * s)

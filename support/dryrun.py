@@ -32,7 +32,7 @@ def dry_run(config: Any, folder: Path) -> None:
     if config.data:
         dataset = layouts.discover(real(config.data), seed=config.seed)
         dataset.check_test()
-        check_start(config, folder, local=config.local_igd)
+        check_start(config.encoder, config.init, folder, local=config.local_igd)
         checks.at_the_start(config, folder, dataset)
         train, normal, abnormal, masks = dataset.counts
         lines = [f"{dataset.root}: {dataset.layout}"]

@@ -81,7 +81,7 @@ def prepare(config: Config, folder: Path) -> Images:
 
     raises: ValueError or OSError.
     """
-    check_start(config, folder, local=config.local_igd)
+    check_start(config.encoder, config.init, folder, local=config.local_igd)
     root = real(config.data or folder / "phantom")
     if not config.data:
         make_folder(folder)

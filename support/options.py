@@ -194,8 +194,10 @@ def _check_value(config: Config, field: dataclasses.Field) -> None:
         return
     above, least, most = checks["above"], checks["least"], checks["most"]
     if not (value > above and least <= value <= most):  # so written, NaN is refused
-        lower = f"above {above:g}," if above > -math.inf else f"from {_text(least)} to"
-        raise _bad(config, field.name, f"{lower} {_text(most)}{' at most' * (above > -math.inf)}")
+        wanted = f"from {_text(least)} to {_text(most)}"
+        if above > -math.inf:
+            wanted = f"above {above:g}, {_text(most)} at most"
+        raise _bad(config, field.name, wanted)
 
 
 def _text(bound: float) -> str:

@@ -297,15 +297,15 @@ def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
     return encoder.to(device).eval(), f"the encoder of {folder.name}"
 
 
-def check_start(config: Any, folder: Path, *, local: bool) -> None:
+def check_start(encoder: str, init: str, folder: Path, *, local: bool = False) -> None:
     """Try --encoder or --init before an image is read.
 
     folder:  of the run; one with a checkpoint needs --init no more.
     local:   an encoder of patches is needed, too.
     raises:  ValueError or OSError as `encoder_of` and `start_weights`.
     """
-    if config.encoder:
+    if encoder:
         for name in ("encoder.pt", "encoder_local.pt")[: 1 + local]:
-            encoder_of(Path(config.encoder), name, "cpu")
-    elif not (config.init in ("auto", "imagenet") or (folder / "checkpoint.pt").exists()):
-        start_weights(ResNet18(), config.init)
+            encoder_of(Path(encoder), name, "cpu")
+    elif not (init in ("auto", "imagenet") or (folder / "checkpoint.pt").exists()):
+        start_weights(ResNet18(), init)

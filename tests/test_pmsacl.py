@@ -369,7 +369,7 @@ def test_an_epoch_logs_how_well_fake_lesions_are_found_except_on_patches():
     training = pmsacl.Pretraining(pictures(count=16), tiny())
     before = copy.deepcopy(training.encoder.state_dict())
     row = training.end_epoch()
-    fakes = fake_lesions(training.encoder.backbone, training.data, seed=0)
+    fakes = fake_lesions(training.encoder.backbone, training.pixels, seed=0)
     assert (row["fake_auroc"], row["fake_aupro"]) == (fakes["image_auroc"], fakes["aupro"])
     assert training.encoder.training  # and watching it has changed nothing
     for name, value in training.encoder.state_dict().items():
