@@ -24,6 +24,7 @@ ASPECT = (0.3, 3.3)  # uniform below 1 or above 1, with equal chances           
 SCAR_WIDTH, SCAR_LENGTH = (2, 16), (10, 25)  # pixels at S = 256                       [C:§A]
 JITTER = 0.1  # of brightness, contrast and saturation                       [P!§4.4.1 R24]
 KEPT = 20_000  # patches that their Gaussian is estimated from, at most      [P!§4.4.1 R24]
+STEPS = 256 * 256  # its 256 epochs are of 256 steps each, whatever the images         [C:§A]
 
 
 def paste(
@@ -113,8 +114,9 @@ class CutPaste(Detector):
 
     kind: ClassVar[str] = "cutpaste"
     pretrained: ClassVar[bool] = True
+    zero: ClassVar[set[str]] = {"seed", "epochs"}
     quick: ClassVar[dict[str, Any]] = {"epochs": 4, "batch_size": 16}
-    epochs: int = 256  # of either network                                             [C:§A]
+    epochs: int = 0  # of either network; 0: as many as take STEPS                     [C:§A]
     batch_size: int = 32  # images; each is seen three times
     lr: float = 0.03  # of SGD with momentum 0.9, weight decay 3e-5, half a cosine     [C:§A]
     width: int = 512  # of the head's hidden layer
@@ -151,6 +153,7 @@ class CutPaste(Detector):
         return {"class": F.cross_entropy(logits, target)}
 
     def phases(self, images: np.ndarray) -> Iterator[Training]:
+        epochs = self.epochs or math.ceil(STEPS / max(1, len(images) // self.batch_size))
         for name in ("image", "patch"):
             parts = self.networks[name], self.networks[f"{name} head"]
             weights = [w for part in parts for w in part.parameters()]
@@ -161,7 +164,7 @@ class CutPaste(Detector):
                 return self.loss(name, self.crop(x, generator) if name == "patch" else x, generator)
 
             title = self.kind if name == "image" else f"{self.kind} patch"
-            yield Training(self, title, images, terms, {name: sgd}, epochs=self.epochs, cosine=True)
+            yield Training(self, title, images, terms, {name: sgd}, epochs=epochs, cosine=True)
             self.networks.eval()
         self.estimate(images)
 

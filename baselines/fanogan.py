@@ -96,7 +96,7 @@ class FAnoGAN(Detector):
         "epochs": 15, "encoder_epochs": 15, "batch_size": 16, "width": 8, "critic_steps": 2,
         "lr": 5e-4, "encoder_lr": 5e-4,
     }  # fmt: skip
-    epochs: int = 2000  # of the GAN; the code counts 100,000 steps           [P!§4.4.1 R26]
+    epochs: int = 2000  # of the GAN                                          [P!§4.4.1 R26]
     encoder_epochs: int = 1000  # the code counts 50,000 steps                [P!§4.4.1 R26]
     batch_size: int = 64  #                                                         [F:code]
     lr: float = 1e-4  # of Adam with betas 0 and 0.9                                [F:code]

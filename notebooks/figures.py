@@ -94,9 +94,10 @@ show(draw(5, run))
 # %% [markdown]
 # ## Figures 6 and 7: which augmentation, and how many classes? `[P:Fig.6]` `[P:Fig.7]`
 #
-# A dot is the image AUROC of PaDiM after pre-training with that augmentation, or with that many
-# classes. After four steps at 32 pixels all differences are noise: `experiments.py --figure 6 7`
-# trains each row for real, with several seeds, and draws bars of one standard deviation.
+# A dot is the image AUROC of PaDiM (the paper's Figure 6: of IGD) after pre-training with that
+# augmentation, or with that many classes. After four steps at 32 pixels all differences are noise:
+# `experiments.py --figure 6 7` trains each row for real, with several seeds, and draws bars of one
+# standard deviation.
 
 # %%
 small = folder / "small"

@@ -258,11 +258,12 @@ def positive_scale(config: Config) -> str | float:
     return number
 
 
-AS_PRINTED = {  # what the paper prints, in place of our defaults for R2, R17 and R20
+AS_PRINTED = {  # what the paper prints, in place of our defaults for R2, R15, R17 and R20
     "positive_scale": "0.5",
     "aug_head": "projection",
     "features": "raw",
     "centre_weight": 1.0,
+    "local_lr": 0.01,
 }
 
 

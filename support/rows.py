@@ -40,8 +40,8 @@ _COMPARED = {
     "CutPaste": "--method none --detector cutpaste",
 } | _DETECTORS
 
-# Rows: the paper's name -> options. Table 8 starts from CCD as its caption has it, with eq. 9's
-# term, and keeps that term, so that a row differs from the one above only by its name. Its third
+# Rows: the paper's name -> options. Table 8 starts from CCD with the terms in its caption, eq. 9's
+# too, and keeps that one, so that a row differs from the one above only by its name. Its third
 # row keeps eq. 6's centring, part of l_PMSACL: without it and kappa, l_PMSACL is CCD's own loss.
 ROWS: dict[str, dict[str, str]] = {
     **{f"table {number}": _COMPARED for number in (1, 2, 3, 4)},
@@ -78,6 +78,7 @@ OF_ONE_SET = {f"table {number}" for number in (1, 2, 3, 4, 6, 7)}  # whose figur
 OF_NO_ROW = ("-h", "--help", "--dry-run")
 MASKED = ("table 6", "table 7")
 DETECTOR = {"table 10": "igd", "figure 6": "igd"}  # of the paper, where it is not PaDiM
+IMAGE_SIZE = {"Liu et al.": 64}  # pixels, where they are not 256                     [P:§4.2]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def rows_of(
     for row, text in options.items():
         usual = "igd" if row.endswith("IGD") else DETECTOR.get(name, "padim")
         merged: dict[str, Any] = {"detector": usual, "healthy_share": 0.0}  # all of D trains
+        if data_set in IMAGE_SIZE:
+            merged["image_size"] = IMAGE_SIZE[data_set]
         merged |= common | parse(shlex.split(text))[0]
         try:
             configs = tuple(make_config(merged | {"seed": seed}) for seed in range(seeds))

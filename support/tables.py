@@ -173,9 +173,9 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
         notes.append("f_beta: 1 - P(no fake lesion), R22.")
     if fakes:
         notes.append(
-            f"Fake lesions on held-back healthy images: image AUROC {fakes['image_auroc']:.3f}, "
-            f"AUPRO {fakes['aupro']:.3f} (untrained: {fakes['untrained']['image_auroc']:.3f}, "
-            f"{fakes['untrained']['aupro']:.3f})."
+            "Fake lesions in training images that their PaDiM was not fitted on: image AUROC "
+            f"{fakes['image_auroc']:.3f}, AUPRO {fakes['aupro']:.3f} (untrained: "
+            f"{fakes['untrained']['image_auroc']:.3f}, {fakes['untrained']['aupro']:.3f})."
         )
     return [markdown_table(lines), " ".join(notes) + "\n"]
 

@@ -30,7 +30,7 @@ BLOCK = 100  # of them at once
 PAIRS = 2**24  # of a test and a training image that are compared at once
 NEIGHBOURS = 5
 THUMBNAIL = 16  # pixels a side
-FAKES = 300  # held-back healthy images that get a fake lesion, at most
+FAKES = 300  # healthy images that get a fake lesion, at most
 FITTED = 1000  # healthy images that the detector of fake lesions is fitted on, at most
 ALIKE = 0.995  # correlation of thumbnails above which two images count as near-duplicates
 

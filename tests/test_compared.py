@@ -108,6 +108,12 @@ def repeat(training: Training, step: int):
     return seen[0]
 
 
+@pytest.mark.parametrize("count", [2, 4, 7])
+def test_cutpaste_takes_the_papers_steps_whatever_the_number_of_images(count):
+    training = next(iter(small("cutpaste", epochs=0, batch_size=2).trainings(images(count))))
+    assert 256 * 256 <= training.total < 256 * 256 + training.steps
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_save_and_load_bit_for_bit(name, tmp_path):
     detector = small(name, epochs=1).fit(images(4))

@@ -388,6 +388,14 @@ def test_table_5_shows_the_papers_deviations_as_rows():
     assert "| paper: LAG |" in text and "0.0163" in text
 
 
+def test_rows_on_liu_et_al_have_the_papers_64_pixels_unless_told_otherwise():
+    def side(data_set: str, **given) -> int:
+        common = {"data": "x", "preset": "paper"} | given
+        return rows_of("table 3", ROWS["table 3"], common, 1, data_set)[0].configs[0].image_size
+
+    assert (side("Liu et al."), side("LAG"), side("Liu et al.", image_size=128)) == (64, 256, 128)
+
+
 def test_the_papers_tables_8_to_10_are_as_printed():
     assert tables.PRINTED["table 8"][2]["+ l_ctr"] == (0.993, 0.753)
     assert tables.PRINTED["table 9"][2]["DROC"] == (0.931, 0.954, 0.881, 0.914)

@@ -71,11 +71,8 @@ def test_a_method_sets_what_the_user_does_not():
 def test_as_printed_sets_the_papers_readings_and_gives_way_to_options():
     given, _ = options.parse(["--as-printed", "--features", "unit"])
     config = options.make_config(given)
-    assert (config.features, config.aug_head, config.positive_scale) == (
-        "unit",
-        "projection",
-        "0.5",
-    )
+    printed = (config.features, config.aug_head, config.positive_scale, config.local_lr)
+    assert printed == ("unit", "projection", "0.5", 0.01)
     assert options.parse([])[0] == {}
 
 
