@@ -28,7 +28,7 @@ from support.compared import COMPARED
 from support.depth import window_of_set
 from support.progress import complain, notify, quietly, show
 from support.readers import build_detector, folder_of_other, read_config, read_results
-from support.run import Parser, given_path, lack, pick_device, read_saved, read_text, real
+from support.run import Parser, given_path, pick_device, read_saved, read_text, real
 from support.score_files import score_files
 from support.scoring import BATCH_SIZE, score_set
 from support.tables import displayed, measured, origin, write_results, write_scores
@@ -247,8 +247,7 @@ def _write(
     shown: Mapping[str, cards.Gallery],
 ) -> None:
     write_results(folder, results)
-    percentiles = healthy.percentiles(detectors)
-    write_scores(folder, dataset.test, scores, results, validation, percentiles)
+    write_scores(folder, dataset.test, scores, results, validation, detectors)
     report.write_report(home, dataset, results, scores, validation, shown, folder)
 
 
@@ -369,10 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
         _carry_out(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         return complain("eval.py", error)
-    except (MemoryError, RuntimeError) as error:
-        return complain("eval.py", lack(error))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command begins again", file=sys.stderr)
         return 130

@@ -43,14 +43,13 @@ from support.rows import MASKED, ROWS, Row, read_sweep, reference, rows_of, with
 from support.run import (
     Parser,
     given_path,
-    lack,
     make_folder,
     read_json,
     read_rows,
     real,
     write_file,
 )
-from support.sheets import ENDS, MEASURES, sheet, write
+from support.sheets import ENDS, MEASURES, write
 from support.tables import papers_name
 from support.training import check_start
 
@@ -92,7 +91,7 @@ def run_job(config: Config, out: Path, keep: bool) -> None:
         with contextlib.suppress(OSError):  # where links are impossible, each run decodes its own
             os.symlink(Path("..", "cache"), folder / "cache", target_is_directory=True)
     job = dataclasses.replace(config, out=str(folder)), folder
-    with claimed(lambda: job, resumed=True), contextlib.redirect_stdout(io.StringIO()):
+    with claimed(lambda: job), contextlib.redirect_stdout(io.StringIO()):
         main_job(*job)  # without its own table
     for checkpoint in () if keep else folder.glob("checkpoint*.pt"):
         checkpoint.unlink()
@@ -243,20 +242,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file in pictures(args, common):
             show(f"{file}\n")
         for name, rows in tables.items():
-            shared = name, filled(rows, args.out), common, images
-            if args.show:
-                show(f"{sheet(*shared)[2]}\n")
-                continue
-            text = write(*shared, args.out)
-            for done in carry_out(name, rows, args.out, args.keep):
-                text = write(name, done, common, images, args.out)
+            into = None if args.show else args.out
+            text = write(name, filled(rows, args.out), common, images, into)
+            for done in carry_out(name, rows, args.out, args.keep) if into else ():
+                text = write(name, done, common, images, into)
             show(f"{text}\n")
         if not args.show:
             notify(f"tables, charts and pictures are in {args.out}")
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         return complain("experiments.py", error)
-    except (MemoryError, RuntimeError) as error:
-        return complain("experiments.py", lack(error))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130

@@ -155,8 +155,10 @@ class CutPaste(Detector):
     def phases(self, images: np.ndarray) -> Iterator[Training]:
         epochs = self.epochs or math.ceil(STEPS / max(1, len(images) // self.batch_size))
         for name in ("image", "patch"):
-            parts = self.networks[name], self.networks[f"{name} head"]
-            weights = [w for part in parts for w in part.parameters()]
+            weights = [
+                *self.networks[name].parameters(),
+                *self.networks[f"{name} head"].parameters(),
+            ]
             sgd = torch.optim.SGD(weights, self.lr, momentum=0.9, weight_decay=3e-5)
 
             def terms(x: Tensor, generator: torch.Generator, step: int, name: str = name) -> Terms:
@@ -191,8 +193,7 @@ class CutPaste(Detector):
             chosen = torch.randperm(len(patches), generator=draws)[: each * len(x)]
             local.append(self.features("patch", patches[chosen.to(x.device)]))
         for name, features in (("image", whole), ("patch", local)):
-            mu, w = gaussian(torch.cat(features))
-            self.fitted |= {f"{name} mu": mu, f"{name} w": w}
+            self.fitted[f"{name} mu"], self.fitted[f"{name} w"] = gaussian(torch.cat(features))
 
     def distance(self, name: str, x: Tensor) -> Tensor:
         """sqrt((f - mu)^T Sigma^-1 (f - mu)), which falls with log p(f): (B,).   [C:GDE]"""
@@ -203,6 +204,5 @@ class CutPaste(Detector):
         """The image's distance, and at each pixel the mean of those of the patches over it."""
         s = self.distance("patch", self.patches(x)).view(len(x), 1, -1)  # (B, 1, L)
         columns = s.expand(-1, self.patch**2, -1)
-        total = F.fold(columns, self.image_size, self.patch, stride=self.stride)
-        count = F.fold(torch.ones_like(columns), self.image_size, self.patch, stride=self.stride)
-        return (total / count)[:, 0], self.distance("image", x)
+        fold = nn.Fold(self.image_size, self.patch, stride=self.stride)
+        return (fold(columns) / fold(torch.ones_like(columns)))[:, 0], self.distance("image", x)

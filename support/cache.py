@@ -6,6 +6,7 @@ The JSON file holds the reason for each row that is unreadable, and the raw file
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from support.progress import notify, ours_alone, progress
-from support.run import process_lives, write_file
+from support.run import write_file
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -182,14 +183,15 @@ def _read_all(
     rows: Sequence[Files], read: Callable[[Files], np.ndarray]
 ) -> Iterator[np.ndarray | str]:
     """read(files) of every row in order, or the reason why that failed; in several threads."""
+    return (row for _, row in ahead(functools.partial(attempt, read), rows))
 
-    def attempt(files: Files) -> np.ndarray | str:
-        try:
-            return read(files)
-        except (ValueError, OSError) as error:
-            return str(error)
 
-    return (row for _, row in ahead(attempt, rows))
+def attempt(work: Callable[[T], U], item: T) -> U | str:
+    """What `work` returns, or why it failed."""
+    try:
+        return work(item)
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
@@ -210,13 +212,8 @@ def ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove partial files that a killed run has left: its process has ended, or was elsewhere and
-    has not written to them for a minute."""
+    """Remove partial files that nobody has written to for a minute: a killed run has left them."""
     for part in folder.glob("*.part-*"):
-        host, _, number = part.name.partition(".part-")[2].rpartition("-")
         with contextlib.suppress(OSError):
-            old = time.time() - part.stat().st_mtime > 60
-            if old or (
-                host == platform.node() and number.isdigit() and not process_lives(int(number))
-            ):
+            if time.time() - part.stat().st_mtime > 60:
                 part.unlink()

@@ -87,6 +87,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def spread_out(count: int, most: int) -> Array:
+    """At most `most` of `count` indices at even steps: neither end is left out."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round values between the ends, ends included where they are round."""
     rough = (high - low) / (most - 1)
@@ -126,7 +131,7 @@ def roc_chart(
     plot = Plot("ROC curve", text, (0.0, 1.0), (0.0, 1.0), labels)
     plot.curve([0, 1], [0, 1], 'class="chance"')
     for k, (name, (fpr, tpr)) in enumerate(curves.items()):
-        keep = np.unique(np.linspace(0, len(fpr) - 1, min(len(fpr), CORNERS)).round().astype(int))
+        keep = np.unique(spread_out(len(fpr), CORNERS))
         dash, colour = DASHES[k % len(DASHES)], COLOURS[k % len(COLOURS)]
         style = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
         plot.curve(fpr[keep].tolist(), tpr[keep].tolist(), style)

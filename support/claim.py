@@ -93,16 +93,13 @@ def may_live(owner: dict[str, Any]) -> bool:
 class Claim:
     """A run's folder, made or taken over by this process, and held until `release`.
 
-    raises: FileExistsError if a new folder is there already, ValueError if another process holds
-            the folder or it cannot be made.
+    raises: ValueError if another process holds the folder or it cannot be made.
     """
 
-    def __init__(self, folder: Path, *, resumed: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, folder / LOCK
         make_folder(folder.absolute().parent)
         self.made = self._make()
-        if not (self.made or resumed or is_empty(folder)):
-            raise FileExistsError(f"--out {folder}: exists; add --resume to go on with it")
         try:
             self.file = self._hold()
         except OSError as error:
@@ -192,29 +189,22 @@ def _system_lock(file: int) -> bool | None:
 
 @contextlib.contextmanager
 def claimed(
-    choose: Callable[[], tuple[T, Path]], *, resumed: bool, named: bool = True
+    choose: Callable[[], tuple[T, Path]],
 ) -> Iterator[tuple[T, Path]]:
     """Hold the folder of a run while the block runs; of several processes, the first one does.
 
     Signals end the block by KeyboardInterrupt; what it has made is then removed if there is nothing
     to resume from.
 
-    choose:  the run's config and its folder.
-    resumed: the folder may hold a run already.
-    named:   by the user; else, if another process was faster, `choose` names another one.
-    raises:  as Claim.
+    choose: the run's config and its folder.
+    raises: as Claim.
     """
     claims: list[Claim] = []
 
     def take() -> tuple[T, Path]:
-        while True:
-            config, folder = choose()
-            try:
-                claims.append(Claim(folder, resumed=resumed))
-                return config, folder
-            except FileExistsError as error:
-                if named:
-                    raise ValueError(str(error)) from None
+        config, folder = choose()
+        claims.append(Claim(folder))
+        return config, folder
 
     chosen = from_first_process(take)
     try:
@@ -237,7 +227,7 @@ def held(folder: Path) -> Iterator[None]:
     if not folder.is_dir():  # the block says so
         yield
         return
-    with claimed(lambda: (None, folder), resumed=True):
+    with claimed(lambda: (None, folder)):
         yield
 
 

@@ -17,11 +17,9 @@ from pmsacl import Pretraining
 from support import checks, healthy, layouts
 from support.compared import chosen
 from support.phantom import draw
-from support.progress import LONG, duration, notify, show, size_of
-from support.run import ranks, real
+from support.progress import duration, show, size_of
+from support.run import real
 from support.training import check_start
-
-HEAVY = 4e6  # pixels of a step's views; a CPU takes seconds for a step with more
 
 
 def dry_run(config: Any, folder: Path) -> None:
@@ -57,24 +55,6 @@ def dry_run(config: Any, folder: Path) -> None:
     disk = checks.disk_needed(config, train, normal + abnormal, masks)
     lines.append(f"disk: up to {size_of(disk)} in {folder}")
     show("\n".join([*lines, "dry run: nothing was written"]) + "\n")
-
-
-def tell_how_long(config: Any, count: int) -> None:
-    """On a CPU, for steps that take long: the time of the training, before the class centres.
-
-    count: training images.
-    """
-    pixels = 2 * config.classes * config.batch_size * config.image_size**2
-    if config.device != "cpu" or pixels < HEAVY or ranks()[1] > 1 or config.encoder:
-        return
-    training = next(_trainings(config, count))
-    if training.total == 0:
-        return
-    per_step = _seconds(training)
-    left = per_step * training.total
-    notify(f"one step takes {per_step:.0f} s here, {training.total} steps about {duration(left)}")
-    if left > LONG:
-        notify("that is long for a CPU: use --preset quick (64 px, few epochs) or a GPU")
 
 
 def _trainings(config: Any, count: int) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from encoder import Encoder, channels_last, seeded, to_unit
 from pmsacl import strong_set
+from support.charts import spread_out
 from support.figures import png
 from support.layouts import Dataset
 from support.options import Config
@@ -43,7 +44,7 @@ def draw_features(
     train, test: (N, 3, S, S) uint8; test may be None, else it is of dataset.test.
     """
     generator, device = seeded(config.seed, 9), next(encoder.parameters()).device
-    x, augment = to_unit(train[spread_out(len(train))], "cpu"), strong_set(config)
+    x, augment = to_unit(train[spread_out(len(train), POINTS)], "cpu"), strong_set(config)
     groups = {"healthy: A_0": x}
     for n in range(1, config.classes):
         groups[f"A_{n}"] = augment(x, torch.full((len(x),), n), generator)[0]
@@ -51,7 +52,7 @@ def draw_features(
         y = dataset.labels
         for name, members in (("test, normal", ~y), ("test, abnormal", y)):
             index = np.flatnonzero(members)
-            groups[name] = to_unit(test[index[spread_out(len(index))]], "cpu")
+            groups[name] = to_unit(test[index[spread_out(len(index), POINTS)]], "cpu")
     sizes = [len(images) for images in groups.values()]
     if sum(sizes) < LEAST:
         return
@@ -60,11 +61,6 @@ def draw_features(
     points = {name: part.numpy() for name, part in zip(groups, y2.split(sizes), strict=True)}
     title = f"t-SNE of z = f_theta(x): {dataset.root.name}, {config.method}, {config.strong}"
     write_file(folder / "figures" / "features.png", png(scatter(points, title)))
-
-
-def spread_out(count: int, most: int = POINTS) -> NDArray[Any]:
-    """At most `most` indices at even steps, so that neither end of a folder is left out."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from support.charts import spread_out
 from support.layouts import Sample
 from support.run import write_file
 
@@ -146,8 +147,7 @@ def choose_cases(
     cases: list[int] = []
     for members, count in ((labels & usable, lesions), (~labels & usable, normals)):
         order = np.flatnonzero(members)[np.argsort(-scores[members], kind="stable")]
-        ranks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-        cases += order[ranks].tolist()
+        cases += order[spread_out(len(order), count)].tolist()
     return cases
 
 

@@ -7,7 +7,7 @@ as the entry `healthy`. Sizes: N healthy images, H of them kept out, S pixels a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -91,20 +91,16 @@ def to_state(healthy: Healthy) -> dict[str, Any]:
 
 
 def of_state(state: Any) -> Healthy | None:
-    """The same read again; None for a file without it.   raises: ValueError if it is damaged."""
+    """The same read again; None for a file without it.   raises: anything if it is damaged."""
     if state is None:
         return None
-    try:
-        scores, threshold = state["scores"].numpy().astype(np.float64), float(state["threshold"])
-        scale = None if state["scale"] is None else tuple(map(float, state["scale"]))
-        numbers = [*scores, threshold, *(scale or (0.0, 1.0))]
-        whole = scores.ndim == 1 and len(scores) > 0 and bool(np.isfinite(numbers).all())
-        whole = whole and bool((np.diff(scores) >= 0).all())
-        if not (whole and (scale is None or (len(scale) == 2 and scale[0] < scale[1]))):
-            raise ValueError("impossible numbers")
-    except Exception as error:  # whatever is missing or of another shape
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise ValueError(f"the scores of its healthy images are damaged ({reason})") from None
+    scores, threshold = state["scores"].numpy().astype(np.float64), float(state["threshold"])
+    scale = None if state["scale"] is None else tuple(map(float, state["scale"]))
+    numbers = [*scores, threshold, *(scale or (0.0, 1.0))]
+    whole = scores.ndim == 1 and len(scores) > 0 and bool(np.isfinite(numbers).all())
+    whole = whole and bool((np.diff(scores) >= 0).all())
+    if not (whole and (scale is None or (len(scale) == 2 and scale[0] < scale[1]))):
+        raise ValueError("impossible scores of healthy images")
     return Healthy(scores, threshold, scale)  # type: ignore[arg-type]
 
 
@@ -127,12 +123,6 @@ def summary(
             if scores is not None and labels is not None:
                 rows[name] |= confusion(scores[name][test], labels[test], healthy.threshold)
     return rows
-
-
-def percentiles(detectors: Mapping[str, Any]) -> dict[str, Callable[[ArrayLike], Any]]:
-    """Scores -> percentiles, for each detector that has them."""
-    known = {name: getattr(detector, "healthy", None) for name, detector in detectors.items()}
-    return {name: healthy.percentile for name, healthy in known.items() if healthy is not None}
 
 
 def described(name: str, row: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from support import checks, data, healthy, layouts, phantom
 from support.claim import claimed
 from support.compared import chosen, fit
 from support.depth import window_of_set
-from support.dryrun import dry_run, tell_how_long
+from support.dryrun import dry_run
 from support.features import draw_features
 from support.figures import reconstruction_figure, write_all
 from support.options import Config, parse, resolve
@@ -47,8 +47,6 @@ from support.run import (
     cache_folder,
     first_process_first,
     join_processes,
-    lack,
-    make_folder,
     ranks,
     read_text,
     real,
@@ -84,12 +82,10 @@ def prepare(config: Config, folder: Path) -> Images:
     check_start(config.encoder, config.init, folder, local=config.local_igd)
     root = real(config.data or folder / "phantom")
     if not config.data:
-        make_folder(folder)
         phantom.draw(root, size=config.image_size)
     dataset = layouts.discover(root, seed=config.seed)
     dataset.check_test()  # before anything of a user's data is written
     notes = checks.at_the_start(config, folder, dataset)
-    make_folder(folder)
     saved = read_config(folder)
     left_out: list[str] = []
     window = window_of_set(dataset.images, config.window, saved)
@@ -137,7 +133,6 @@ def main_job(config: Config, folder: Path) -> None:
         images = prepare(config, folder)
     notify(plan(config, images, folder))
     warn_of_near_duplicates(images)
-    tell_how_long(config, len(images.train))
 
     began = time.monotonic()
     encoder, init = pretrained(images.pixels, config, folder)
@@ -355,14 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.pop("dry_run", False):
             dry_run(*resolve(options, resume))
             return 0
-        choose = functools.partial(resolve, options, resume)
-        resumed, named = resume is not None, "out" in options
-        with claimed(choose, resumed=resumed, named=named) as (config, folder):
+        with claimed(functools.partial(resolve, options, resume)) as (config, folder):
             main_job(config, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         return complain("pmsacl.py", error)
-    except (MemoryError, RuntimeError) as error:
-        return complain("pmsacl.py", lack(error))
     except KeyboardInterrupt:
         begun = folder and (folder / "config.json").exists()
         go_on = f"; continue with  python pmsacl.py --resume {folder}" if begun else ""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from support import charts
 from support.cards import CARDS, Card, Gallery, cards_html, pictures_of
 from support.page import Section, glossary, page, recounted, slider, table
-from support.run import printable, write_file
+from support.run import write_file
 
 Array = NDArray[Any]
 
@@ -49,7 +49,7 @@ class NewImages:
         image:  (3, S, S) uint8.   scored: score and heat map (S, S) or None, by detector.
         words:  of each detector, with the score's percentile.
         """
-        k, shown = self.count, printable(str(file))
+        k, shown = self.count, str(file)
         self.count += 1
         for name, (score, heat) in scored.items():
             if heat is None:

@@ -22,6 +22,7 @@ from support.depth import parse_window
 from support.readers import read_config
 from support.run import Parser, pick_device, real
 
+TINY = 1e-12  # above 0
 RATE = 1e3  # the highest learning rate: float32 has no room for 1e300
 SCALE = 1e3  # the largest factor of eq. 5's numerator
 TERMS = ("ctr", "pmsacl", "aug", "pos")  # of eq. 1, in its order
@@ -34,11 +35,10 @@ def _option(
     least: float = -math.inf,
     most: float = math.inf,
     *,
-    above: float = -math.inf,
     choices: Iterable[str] = (),
 ) -> Any:
     """A field of Config: its default, its help, and the values that it may have."""
-    checks = {"choices": tuple(choices), "above": above, "least": least, "most": most}
+    checks = {"choices": tuple(choices), "least": least, "most": most}
     return dataclasses.field(default=default, metadata={"help": text, **checks})
 
 
@@ -113,10 +113,10 @@ class Config:
     init: str = _option("auto", "start weights: auto, imagenet, random or a FILE")  # [P!§4.2 R14]
     epochs: int = _option(2000, "passes over the images", 1, 10**6)  # [P!§4.2 R15]
     batch_size: int = _option(32, "images, with 2 |A| views of each", 2, 2**16)  # [P:§4.2]
-    lr: float = _option(0.01, "learning rate at the start", above=0, most=RATE)  # [P:§4.2]
-    lr_end: float = _option(1e-5, "learning rate at the end", above=0, most=RATE)  # [P!§4.2 R15]
+    lr: float = _option(0.01, "learning rate at the start", TINY, RATE)  # [P:§4.2]
+    lr_end: float = _option(1e-5, "learning rate at the end", TINY, RATE)  # [P!§4.2 R15]
     local_lr: float = _option(  # [P!§4.2 R15]
-        0.1, "learning rate at the start, for 32 px patches", above=0, most=RATE
+        0.1, "learning rate at the start, for 32 px patches", TINY, RATE
     )
     momentum: float = _option(0.9, "momentum of SGD", 0, 0.9999)  # [P!§4.2 R15]
     weight_decay: float = _option(3e-4, "weight decay of SGD", 0, 1)  # [P!§4.2 R15]
@@ -137,10 +137,8 @@ class Config:
     igd_local_epochs: int = _option(IGD.local_epochs, "epochs of IGD's local model", 1, 10**6)
     igd_batch_size: int = _option(IGD.batch_size, "images in a step of the global model", 2, 2**16)
     igd_patches: int = _option(IGD.patches, "patches in a step of the local model", 2, 10**6)
-    igd_lr: float = _option(IGD.lr, "learning rate of IGD at the start", above=0, most=RATE)
-    igd_encoder_lr: float = _option(
-        IGD.encoder_lr, "the same, of the encoders in IGD", above=0, most=RATE
-    )
+    igd_lr: float = _option(IGD.lr, "learning rate of IGD at the start", TINY, RATE)
+    igd_encoder_lr: float = _option(IGD.encoder_lr, "the same, of the encoders in IGD", TINY, RATE)
     igd_warmup: float = _option(IGD.warmup, "share of --igd-epochs before eq. 12 joins", 0, 1)
     igd_width: int = _option(IGD.width, "channels of IGD's networks at full size", 1, 1024)
     paper_protocol: bool = _option(False, "also measure images that set thresholds")  # [P!§4.3 R8]
@@ -192,17 +190,8 @@ def _check_value(config: Config, field: dataclasses.Field) -> None:
         raise _bad(config, field.name, f"one of {', '.join(filter(None, checks['choices']))}")
     if isinstance(value, str):
         return
-    above, least, most = checks["above"], checks["least"], checks["most"]
-    if not (value > above and least <= value <= most):  # so written, NaN is refused
-        wanted = f"from {_text(least)} to {_text(most)}"
-        if above > -math.inf:
-            wanted = f"above {above:g}, {_text(most)} at most"
-        raise _bad(config, field.name, wanted)
-
-
-def _text(bound: float) -> str:
-    """Integers in full, other numbers as one writes them."""
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+    if not checks["least"] <= value <= checks["most"]:  # so written, NaN is refused
+        raise _bad(config, field.name, f"from {checks['least']} to {checks['most']}")
 
 
 def _check_together(config: Config) -> None:
@@ -373,12 +362,10 @@ def make_config(options: dict[str, Any]) -> Config:
     if options.get("dry_run"):
         raise ValueError("--dry-run goes with pmsacl.py alone")
     preset = options.get("preset") or ("paper" if options.get("data") else "quick")
-    if preset not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     start = {} if options.get("data") else {"init": "random"}  # phantoms gain nothing by ImageNet
     method = METHODS.get(options.get("method", Config.method), {})
     device = pick_device(options.get("device", "auto"))
-    merged: dict[str, Any] = start | PRESETS[preset] | method | options
+    merged: dict[str, Any] = start | PRESETS.get(preset, {}) | method | options
     merged |= {"preset": preset, "device": device}
     if merged.get("image_size", Config.image_size) < 64 and "local" not in options:
         merged["local"] = "auto"  # a preset's "yes" is for images that hold patches

@@ -86,7 +86,7 @@ def page(title: str, sections: Iterable[Section], scores: Mapping[str, Any]) -> 
     data = json.dumps(scores).replace("<", "\\u003c")
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     text = template.substitute(title=escape(title), body=body, scores=data)
-    return text.encode("utf-8", "replace")  # a file's name may be no UTF-8
+    return text.encode("utf-8", "backslashreplace")  # a file's name may be no UTF-8
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -112,8 +112,7 @@ def recounted(scores: Array, labels: Array | None, threshold: float | None) -> d
     }
     for word, members in (("normal", ~y), ("abnormal", y)):
         ascending = np.sort(scores[members])
-        if len(ascending) > SCORES:
-            ascending = ascending[np.linspace(0, len(ascending) - 1, SCORES).round().astype(int)]
+        ascending = ascending[charts.spread_out(len(ascending), SCORES)]
         content[word] = [float(f"{s:.9g}") for s in ascending]  # what tells any two float32 apart
     return content
 

@@ -6,10 +6,11 @@ Sizes: N images, K of them shown, S pixels a side, A classes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from eval import load as read_detector
 from eval import load_run
 from pmsacl import Pretraining, strong_set
 from support import data, figures, layouts, phantom
-from support.charts import number
+from support.charts import number, spread_out
 from support.depth import window_of_set
-from support.features import COLOURS, POINTS, scatter, spread_out
+from support.features import COLOURS, POINTS, scatter
 from support.options import Config
 from support.readers import read_config, read_results
 from support.run import pick_device, read_rows
@@ -68,19 +69,20 @@ class Run:
         """Data set and method, for a title."""
         return f"{self.dataset.root.name}, {self.config.method}"
 
+    def how(self) -> dict[str, Any]:
+        """How its images are decoded."""
+        how = {"size": self.config.image_size, "cache_dir": self.folder / "cache"}
+        return how | {"skip_bad": self.config.skip_bad, "window": self.window}
+
     def train_images(self) -> Array:
         """(N, 3, S, S) uint8."""
-        size, cache = self.config.image_size, self.folder / "cache"
-        how: dict[str, Any] = {"skip_bad": self.config.skip_bad, "window": self.window}
-        return data.decode(self.dataset.train, size, cache, **how)[0]
+        return data.decode(self.dataset.train, **self.how())[0]
 
     def test_images(self) -> tuple[layouts.Dataset, Array, Array | None, Array | None]:
         """As data.decode_test.   raises: ValueError if the data set has no test images."""
         if not self.dataset.test:
             raise ValueError(f"{self.dataset.root}: no test images, so there is nothing to detect")
-        size, cache = self.config.image_size, self.folder / "cache"
-        how: dict[str, Any] = {"skip_bad": self.config.skip_bad, "window": self.window}
-        return data.decode_test(self.dataset, size, cache, **how)
+        return data.decode_test(self.dataset, **self.how())
 
 
 def draw(figure: int, folder: Path) -> Image.Image:
@@ -228,18 +230,14 @@ def views_figure(images: Array, config: Config, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Detections:
-    """A detector's scores of the N test images that are measured."""
+    """A detector's scores of the N test images that are measured, the dataset's."""
 
     row: Mapping[str, Any]  # of results.json
     images: Array  # (N, 3, S, S) uint8
     masks: Array | None  # (N, S, S)
     known: Array  # (N,) whether the mask is known, if there are any
-    samples: Sequence[layouts.Sample]  # N
+    dataset: layouts.Dataset
     scores: Array  # (N,)
-
-    @property
-    def labels(self) -> Array:
-        return np.array([sample.label for sample in self.samples], bool)
 
 
 def detectors_of(run: Run) -> list[str]:
@@ -265,7 +263,7 @@ def detections(run: Run, name: str) -> Detections:
     return Detections(
         row, images[index], None if masks is None else masks[index],
         np.ones(len(index), bool) if known is None else known[index],
-        [dataset.test[i] for i in index],
+        dataclasses.replace(dataset, test=tuple(dataset.test[i] for i in index)),
         np.array([float(lines[i][f"{name}_score"]) for i in index]),
     )  # fmt: skip
 
@@ -277,8 +275,8 @@ def lesions_figure(run: Run, number: int, name: str) -> Image.Image:
     number: of the figure.   name: of the detector.
     """
     d = detections(run, name)
-    masked = "pixel_threshold" in d.row
-    cases = figures.choose_cases(d.scores, d.labels, d.known | (not masked), lesions=4, normals=0)
+    masked, test, y = "pixel_threshold" in d.row, d.dataset.test, d.dataset.labels
+    cases = figures.choose_cases(d.scores, y, d.known | (not masked), lesions=4, normals=0)
     detectors = load_run(run.folder, run.config.device)[2]
     if name not in detectors:
         raise ValueError(f"{run.folder}: no file of the detector {name} is left here")
@@ -286,7 +284,7 @@ def lesions_figure(run: Run, number: int, name: str) -> Image.Image:
     title = f"Fig. {number}, localisation by {TITLES[name]}: {run.name}"
     figure = figures.localisation_figure(
         d.images[cases], maps, None if d.masks is None else d.masks[cases],
-        [d.samples[i] for i in cases], d.scores[cases], d.row, range(len(cases)), title, SIDE, TEXT,
+        [test[i] for i in cases], d.scores[cases], d.row, range(len(cases)), title, SIDE, TEXT,
     )  # fmt: skip
     key = dict(FRAMES)
     if masked:
@@ -302,11 +300,12 @@ def detections_figure(run: Run, columns: int = 6) -> Image.Image:
     """
     name = next(iter(sorted(detectors_of(run), key="igd".__ne__)), "igd")
     d = detections(run, name)
+    y = d.dataset.labels
     cells: list[list[Image.Image]] = []
     for lesions, normals in ((0, columns), (columns, 0)):
         cells.append([])
-        for i in figures.choose_cases(d.scores, d.labels, d.scores == d.scores, lesions, normals):
-            high, label = d.scores[i] >= d.row["threshold"], d.labels[i]
+        for i in figures.choose_cases(d.scores, y, np.ones_like(y), lesions, normals):
+            high, label = d.scores[i] >= d.row["threshold"], y[i]
             verdict = figures.VERDICTS[int(label)][int(high)]
             colour = figures.GREEN if high == label else figures.RED
             caption = f"{number(d.scores[i])} {verdict}"

@@ -14,7 +14,7 @@ from typing import TextIO, TypeVar
 
 import torch
 
-from support.run import one_line, ranks
+from support.run import lack, one_line, ranks
 
 T = TypeVar("T")
 
@@ -40,7 +40,12 @@ def notify(text: str) -> None:
 
 
 def complain(program: str, error: object) -> int:
-    """Print in one line why a program ends, from any process; its exit status, 2."""
+    """Print in one line why a program ends, from any process; its exit status, 2.
+
+    raises: the error again if it is neither the user's nor the machine's.
+    """
+    if isinstance(error, MemoryError | RuntimeError):
+        error = lack(error)  # raises again what is none
     clear = CLEAR_LINE if sys.stderr.isatty() else ""
     _print(clear + one_line(program, error), "", sys.stderr)
     return 2

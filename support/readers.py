@@ -21,8 +21,7 @@ from support.progress import notify
 from support.run import read_json
 from support.tables import measured
 
-CONFIG = {"image_size": int, "seed": int, "data": str}  # what every version has written
-STRINGS = {"commit", "python", "torch", "numpy", "threads"}
+CONFIG = ("image_size", "seed", "data")  # what every version has written
 MOST_PIXELS = 4096  # a side
 
 
@@ -34,27 +33,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     from support.options import Config  # which reads configs through this module
 
     path = folder / "config.json"
+    if not path.is_file():
+        return {}
     saved = read_json(path)
-    if not saved:
-        if path.is_file():
-            raise ValueError(f"{path}: holds nothing; move it away or begin another run")
-        return saved
     missing = [name for name in CONFIG if name not in saved]
     if missing:
         raise ValueError(
             f"{path}: has no {', '.join(missing)}: damaged, or of an older version of this program"
         )
-    fields = Config.__dataclass_fields__
-    for name, value in saved.items():
-        wanted = type(fields[name].default) if name in fields else str
-        if name in fields or name in STRINGS:
-            number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
-            if not (type(value) is wanted or number):
-                kind = {"str": "text", "int": "an integer", "float": "a number"}
-                what = kind.get(wanted.__name__, "true or false")
-                raise ValueError(f"{path}: {name} must be {what}, is {_short(value)}")
+    known = {n: value for n, value in saved.items() if n in Config.__dataclass_fields__}
+    for name, value in known.items():
+        wanted = type(Config.__dataclass_fields__[name].default)
+        if not (type(value) is wanted or (wanted is float and type(value) is int)):
+            kind = {"str": "text", "int": "an integer", "float": "a number"}
+            what = kind.get(wanted.__name__, "true or false")
+            raise ValueError(f"{path}: {name} must be {what}, is {_short(value)}")
     try:
-        Config(**{name: value for name, value in saved.items() if name in fields})
+        Config(**known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     window = saved.get("values_shown")
@@ -121,18 +116,12 @@ def folder_of_other(folder: Path, root: Path) -> Path:
         to = folder / f"eval-{root.name}-{number}"
 
 
-def tensors(state: Any) -> list[Tensor]:
-    """The tensors of nested dictionaries and lists."""
-    if isinstance(state, Tensor):
-        return [state]
-    parts = state.values() if isinstance(state, Mapping) else state
-    nested = parts if isinstance(state, Mapping | list | tuple) else ()
-    return [tensor for part in nested for tensor in tensors(part)]
-
-
 def all_finite(state: Any) -> bool:
-    """Whether no weight is infinite or NaN."""
-    return all(bool(t.isfinite().all()) for t in tensors(state) if t.is_floating_point())
+    """Whether no tensor of nested dictionaries and lists is infinite or NaN."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    parts = state.values() if isinstance(state, Mapping) else state
+    return not isinstance(state, Mapping | list | tuple) or all(map(all_finite, parts))
 
 
 def build_detector(
@@ -160,6 +149,7 @@ def build_detector(
     try:
         start = ResNet18().to(device) if getattr(kind, "pretrained", False) else device
         detector = kind.of(state, start)
+        detector.healthy = of_state(state.get("healthy"))
         maps, scores = detector.score(np.zeros((1, 3, size, size), np.uint8))
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -168,10 +158,6 @@ def build_detector(
         raise ValueError(
             f"{path}: a damaged detector, or of another version of this program ({reason[:160]})"
         ) from None
-    try:
-        detector.healthy = of_state(state.get("healthy"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; fit the detector again") from None
     of_size = maps is None or (maps.shape == (1, size, size) and bool(maps.isfinite().all()))
     if not (of_size and scores.isfinite().all()):
         raise ValueError(f"{path}: a damaged detector: its scores are not finite")

@@ -118,28 +118,23 @@ def _what(
     """
     train, normal, abnormal, masks = dataset.counts
     trained = f"{train} healthy images"
-    if config and not own:
+    if not own:
         trained = "other images: " + (config.get("data") or "phantoms that the program drew")
     tested = f"{normal} normal and {abnormal} abnormal images, {masks} masks"
     facts = {
         "Images": f"{dataset.root} ({dataset.layout})",
         "Training": trained,
         "Test": tested if dataset.test else "none",
+        "Method": f"{config.get('method')}, preset {config.get('preset')}, "
+        f"epochs: {config.get('epochs')}, images of {config.get('image_size')} px",
+        "Machine": f"{config.get('device')}, Python {config.get('python')}, torch "
+        f"{config.get('torch')}, commit {str(config.get('commit'))[:12]}",
+        "Start weights": str(results.get("init", "unknown")),
+        "Seconds": ", ".join(f"{k} {v:.0f}" for k, v in results.get("seconds", {}).items()),
     }
-    if config:
-        facts |= {
-            "Method": f"{config.get('method')}, preset {config.get('preset')}, "
-            f"epochs: {config.get('epochs')}, images of {config.get('image_size')} px",
-            "Machine": f"{config.get('device')}, Python {config.get('python')}, torch "
-            f"{config.get('torch')}, commit {str(config.get('commit'))[:12]}",
-        }
-    facts["Start weights"] = str(results.get("init", "unknown"))
-    facts["Seconds"] = ", ".join(
-        f"{name} {value:.0f}" for name, value in results.get("seconds", {}).items()
-    )
     rows = [(escape(key), escape(value)) for key, value in facts.items() if value]
     text = table("The run", (), rows)
-    if config and own and not config.get("data"):
+    if own and not config.get("data"):
         text += (
             "<p>The images are phantoms that the program drew: they show that it works and say "
             "nothing about the method.</p>"
@@ -295,8 +290,7 @@ def _training(log: Path, title: str) -> str:
     rows = read_rows(log) if log.is_file() else []
     if not rows:
         return ""
-    chosen = np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).round().astype(int)
-    rows = [rows[i] for i in chosen]
+    rows = [rows[i] for i in charts.spread_out(len(rows), ROWS)]
     axis, *columns = rows[0].keys()
     x = [float(row[axis]) for row in rows]
     drawn = []
@@ -324,8 +318,6 @@ def _views(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _settings(config: Mapping[str, Any]) -> Section:
     """The command that runs it again, and every setting."""
-    if not config:
-        return Section("Settings", "")
     rows = [(f"<code>{escape(k)}</code>", escape(str(v))) for k, v in config.items()]
     text = f"<p>To run it again:</p><pre>{escape(command(config))}</pre>"
     settings = table("What config.json holds", (), rows)

@@ -151,11 +151,6 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def printable(name: str) -> str:
-    """A file's name with escapes for bytes that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def one_word(name: str) -> str:
     """A file's name with escapes for tabs, new lines and whatever else is not printable."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

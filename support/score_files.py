@@ -12,9 +12,7 @@ import functools
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from support import data, figures
-from support.cache import AHEAD, THREADS, ahead, complaint
+from support.cache import ahead, attempt, complaint
 from support.claim import OURS
 from support.depth import window_of_set
 from support.healthy import Healthy
@@ -114,14 +112,15 @@ def score_files(
     new = [path for path in (out, *out.parents) if not path.exists()] if out else []
     size, made = int(config["image_size"]), place(out, folder, paths)
     try:
-        with ThreadPoolExecutor(THREADS) as pool, Output(made, judges, files, as_json, pool) as to:
-            read = ahead(functools.partial(_attempt, size=size, window=window), files)
-            shown = progress(read, len(files), "scoring")
+        with Output(made, judges, files, as_json) as to:
+            read = functools.partial(_read, size=size, window=window)
+            shown = progress(ahead(functools.partial(attempt, read), files), len(files), "scoring")
             scored = _scored(detectors, _readable(shown, skip_bad, left_out), batch)
-            first = list(islice(scored, MAPS_FOR_SCALE)) if to.lacks_scale() else []
+            lacking = any(judge.scale is None for judge in judges.values())
+            first = list(islice(scored, MAPS_FOR_SCALE if lacking else 0))
             to.set_scales(first)
-            for of_image in chain(first, scored):
-                to.add(of_image)
+            for _ in ahead(to.draw, map(to.add, chain(first, scored))):
+                pass
     except KeyboardInterrupt:
         notify(f"interrupted: {made} has what was scored until then")
         raise
@@ -172,16 +171,9 @@ def check_files(files: list[Path], skip_bad: bool) -> tuple[list[Path], list[str
 
     raises: ValueError naming the others, unless skip_bad and some are left.
     """
-
-    def reason(path: Path) -> str:
-        try:
-            data.check_header(path)
-        except ValueError as error:
-            return str(error)
-        return ""
-
+    check = functools.partial(attempt, data.check_header)
     with ours_alone():
-        looked = progress(ahead(reason, files), len(files), "looking at the files")
+        looked = progress(ahead(check, files), len(files), "looking at the files")
         reasons = [text for _, text in looked]
     bad = [text for text in reasons if text]
     if bad and (not skip_bad or len(bad) == len(files)):
@@ -217,14 +209,9 @@ def place(out: Path | None, folder: Path, paths: Sequence[Path]) -> Path:
 # --- reading, scoring -----------------------------------------------------------------------------
 
 
-def _attempt(
-    path: Path, *, size: int, window: data.Window | None
-) -> tuple[Array, Image.Image] | str:
-    """The image as the detectors see it, and its original in grey; or why that failed."""
-    try:
-        small, original = data.read_both(path, size, window)
-    except (ValueError, OSError) as error:
-        return str(error)
+def _read(path: Path, *, size: int, window: data.Window | None) -> tuple[Array, Image.Image]:
+    """The image as the detectors see it, and its original in grey.   raises: ValueError, OSError"""
+    small, original = data.read_both(path, size, window)
     original = original.convert("L")
     original.thumbnail((MOST_SIDE, MOST_SIDE))
     return small, original
@@ -270,16 +257,10 @@ class Output:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        judges: dict[str, Judge],
-        files: Sequence[Path],
-        as_json: bool,
-        pool: ThreadPoolExecutor,
+        self, folder: Path, judges: dict[str, Judge], files: Sequence[Path], as_json: bool
     ) -> None:
-        self.folder, self.judges, self.as_json, self.pool = folder, judges, as_json, pool
+        self.folder, self.judges, self.as_json = folder, judges, as_json
         self.root = os.path.commonpath([file.absolute().parent for file in files])
-        self.drawing: deque[Future[None]] = deque()
         self.partial = folder / "scores.csv.partial"
         self.table = open(self.partial, "xb")
         heads = (f"{name}_{what}" for name in judges for what in COLUMNS)
@@ -289,9 +270,6 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def lacks_scale(self) -> bool:
-        return any(judge.scale is None for judge in self.judges.values())
-
     def set_scales(self, first: Sequence[Scored]) -> None:
         """Scales from the heat maps of new images, for detectors that have none."""
         for name, judge in self.judges.items():
@@ -300,8 +278,8 @@ class Output:
                 scale = figures.map_scale(np.stack(maps))
                 self.judges[name] = dataclasses.replace(judge, scale=scale)
 
-    def add(self, of_image: Scored) -> None:
-        """A line on the screen, a row, overlays, and perhaps a place in the report."""
+    def add(self, of_image: Scored) -> Scored:
+        """A line on the screen, a row, and perhaps a place in the report; the image again."""
         path = str(of_image.file)
         words = {n: self.judges[n].words(score) for n, (score, _) in of_image.scores.items()}
         cells = [_cell(words[name][what]) for name in words for what in COLUMNS]
@@ -311,23 +289,21 @@ class Output:
         else:
             show(_line(path, words))
         self.new.add(of_image.file, of_image.image, of_image.scores, words)
+        return of_image
+
+    def draw(self, of_image: Scored) -> None:
+        """Its overlays; in a thread."""
+        place = os.path.relpath(of_image.file.absolute(), self.root) + ".jpg"
         for name, (_, heat) in of_image.scores.items():
             if heat is not None and (scale := self.judges[name].scale):
-                target = self.folder / "overlays" / name / self._place(of_image.file)
-                drawn = self.pool.submit(_draw, of_image.grey, heat, scale, target)
-                self.drawing.append(drawn)
-        while len(self.drawing) > AHEAD:
-            self.drawing.popleft().result()
-
-    def _place(self, file: Path) -> str:
-        return os.path.relpath(file.absolute(), self.root) + ".jpg"
+                target = self.folder / "overlays" / name / place
+                target.parent.mkdir(parents=True, exist_ok=True)
+                figures.overlay_with_bar(of_image.grey, heat, scale).save(
+                    target, "JPEG", quality=90
+                )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            while self.drawing and kind in (None, KeyboardInterrupt):
-                self.drawing.popleft().result()
-        finally:
-            self.table.close()
+        self.table.close()
         if kind in (None, KeyboardInterrupt) and self.new.count:
             os.replace(self.partial, self.folder / "scores.csv")
             write_score_report(self.folder, self.new)
@@ -345,8 +321,3 @@ def _line(path: str, words: Mapping[str, Mapping[str, Any]]) -> str:
         cells += [name, f"{of_score['score']:.6g}"]
         cells += ["-" if percentile is None else f"{percentile:.1f}%", of_score["verdict"] or "-"]
     return "\t".join(cells) + "\n"
-
-
-def _draw(grey: Image.Image, heat: Array, scale: tuple[float, float], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figures.overlay_with_bar(grey, heat, scale).save(target, "JPEG", quality=90)

@@ -141,10 +141,10 @@ def title_of(name: str, rows: Sequence[Row], images: str) -> str:
     return f"{title}; paper: {source}" if source else title
 
 
-def sheet(
-    name: str, rows: Sequence[Row], common: Mapping[str, Any], images: str
-) -> tuple[str, str, str]:
-    """A table's file name without an ending, its title, and its Markdown text.
+def write(
+    name: str, rows: Sequence[Row], common: Mapping[str, Any], images: str, out: Path | None
+) -> str:
+    """A table's Markdown text; with `out`, NAME-DATASET-HASH.md, .csv, .png and -runs.csv there.
 
     common: options of all rows.   images: the data set's name.
     """
@@ -152,17 +152,13 @@ def sheet(
     options = _text_of({k: v for k, v in common.items() if k not in ("data", "device")})
     title = title_of(name, rows, images)
     text = markdown(name, f"{title}\n\nOptions of all rows: `{options}`", rows)
+    if out is None:
+        return text
     usual = ROWS.get(name, {})
     changed = [row.options for row in rows if row.options != usual.get(row.name, row.options)]
     settings = [options, str(common.get("data", "")), *changed]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:6]
-    return f"{name.replace(' ', '')}-{images}-{digest}", title, text
-
-
-def write(name: str, rows: Sequence[Row], common: Mapping[str, Any], images: str, out: Path) -> str:
-    """Write NAME-DATASET-HASH.md, .csv, .png and -runs.csv to `out`; return the Markdown text."""
-    rows = shown(name, rows)
-    stem, title, text = sheet(name, rows, common, images)
+    stem = f"{name.replace(' ', '')}-{images}-{digest}"
     write_file(out / f"{stem}.md", encoded(text))
     write_file(out / f"{stem}.csv", encoded(as_csv(name, rows)))
     write_file(out / f"{stem}-runs.csv", encoded(runs_csv(rows)))
@@ -173,7 +169,7 @@ def write(name: str, rows: Sequence[Row], common: Mapping[str, Any], images: str
     printed = {f"paper: {c}": {r.name: r.paper.get(c) for r in rows} for c in columns}
     printed = {} if name == "table 5" else printed  # deviations, not values
     axis = "image AUROC" if first == "image_auroc" else MEASURES[first]
-    note = next(line for line in text.splitlines() if line.startswith("Options")).replace("`", "")
+    note = f"Options of all rows: {options}"
     picture = dot_chart(dots, printed, title=title, axis=axis, note=note)
     write_file(out / f"{stem}.png", png(picture))
     return text

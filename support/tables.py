@@ -8,9 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -104,14 +103,13 @@ def origin(dataset: Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
 def results_table(results: Mapping[str, Any]) -> str:
     """results.md: the columns of Tables 1 and 6, then thresholds and notes.
 
-    The paper's row stands below ours only if Dataset.layout says that the data set is
-    Hyper-Kvasir: the paper's archive, or the site's images, of which the archive is a subset.
+    The paper's row stands below ours only if the data set is Hyper-Kvasir.
     """
     rows = measured(results)
     first = next(iter(rows.values()))
     source = first.get("data", {"layout": "unknown layout", "root": "-"})
-    count, layout = first["images"], source["layout"].replace("-", "").lower()
-    counterparts = _COUNTERPARTS if layout.startswith("hyperkvasir") else {}
+    count, images = first["images"], Dataset(source["layout"], Path(source["root"]), (), ())
+    counterparts = _COUNTERPARTS if papers_name(images) == "Hyper-Kvasir" else {}
     text = [
         "# Results\n",
         f"{source['root']} ({source['layout']}). Thresholds from {count['validation_normal']} "
@@ -224,11 +222,11 @@ def write_scores(
     scores: Mapping[str, NDArray[Any]],
     rows: Mapping[str, Any],
     validation: NDArray[Any],
-    percentiles: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
+    detectors: Mapping[str, Any],
 ) -> None:
     """scores.csv: path, kind, label, split, then score and predicted label of each detector.
 
-    percentiles: of the detectors that have one, scores (N,) -> percentiles (N,): a third column.
+    detectors: by name; one with healthy images that trained nothing gets a third column.
     """
     columns = ["path", "kind", "label", "split"]
     cells: list[list[Any]] = [
@@ -238,9 +236,9 @@ def write_scores(
     for name, s in scores.items():
         columns += [f"{name}_score", f"{name}_predicted"]
         added = [s.tolist(), (s >= rows[name]["threshold"]).astype(int).tolist()]
-        if name in percentiles:
+        if (known := getattr(detectors.get(name), "healthy", None)) is not None:
             columns.append(f"{name}_percentile")
-            added.append(percentiles[name](s).round(2).tolist())
+            added.append(known.percentile(s).round(2).tolist())
         cells = [[*row, *more] for row, *more in zip(cells, *added, strict=True)]
     text = "".join(",".join(map(str, row)) + "\n" for row in [columns, *cells])
     write_file(folder / "scores.csv", encoded(text))

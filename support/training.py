@@ -55,40 +55,34 @@ def train(
                 checkpoint kept; ValueError for a checkpoint of other images or settings;
                 KeyboardInterrupt, with a checkpoint, after the step in which a signal came.
     """
-    with deferred(together=hasattr(training, "networks")) as asked:
-        return _train(training, checkpoint, log, save_every, asked)
-
-
-def _train(
-    training: Any, checkpoint: Path, log: Path, save_every: float, asked: Callable[[], bool]
-) -> list[dict[str, float]]:
-    sums, rows = load(training, checkpoint) if checkpoint.exists() else ({}, [])
     networks = getattr(training, "networks", None)
-    losses = averaged(training.losses, networks) if networks else training.losses
-    meter = Meter(training.step_done, training.total, training.images, training.device)
-    saved = time.monotonic()
-    while training.step_done < training.total:
-        epoch, position = divmod(training.step_done, training.steps)
-        rate, values = training.rate, step(training, losses, checkpoint)
-        sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
-        means = {name: value / (position + 1) for name, value in sums.items()} | {"lr": rate}
-        last = position + 1 == training.steps
-        where = f"{training.name} epoch {epoch + 1}/{training.total // training.steps}".lstrip()
-        meter.show(training.step_done, where, means, last=last)
-        if last:
-            row = {"epoch": epoch + 1, **means, "images_per_second": meter.rate}
-            rows.append(row | _end_epoch(training, checkpoint))
-            sums = {}
-        done = training.step_done == training.total
-        stop = asked() and not done
-        due = done or stop or time.monotonic() - saved > save_every
-        if due and ranks()[0] == 0:
-            save(training, checkpoint, sums, rows)
-            if rows:
-                write_rows(log, rows)
-            saved = time.monotonic()
-        if stop:
-            raise KeyboardInterrupt
+    with deferred(together=networks is not None) as asked:
+        sums, rows = load(training, checkpoint) if checkpoint.exists() else ({}, [])
+        losses = averaged(training.losses, networks) if networks else training.losses
+        meter = Meter(training.step_done, training.total, training.images, training.device)
+        saved = time.monotonic()
+        while training.step_done < training.total:
+            epoch, position = divmod(training.step_done, training.steps)
+            rate, values = training.rate, step(training, losses, checkpoint)
+            sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+            means = {name: value / (position + 1) for name, value in sums.items()} | {"lr": rate}
+            last = position + 1 == training.steps
+            where = f"{training.name} epoch {epoch + 1}/{training.total // training.steps}"
+            meter.show(training.step_done, where.lstrip(), means, last=last)
+            if last:
+                row = {"epoch": epoch + 1, **means, "images_per_second": meter.rate}
+                rows.append(row | _end_epoch(training, checkpoint))
+                sums = {}
+            done = training.step_done == training.total
+            stop = asked() and not done
+            due = done or stop or time.monotonic() - saved > save_every
+            if due and ranks()[0] == 0:
+                save(training, checkpoint, sums, rows)
+                if rows:
+                    write_rows(log, rows)
+                saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
     if networks:
         as_in_first_process(networks)
     return rows

@@ -13,7 +13,8 @@ from PIL import Image
 
 from encoder import Encoder
 from support import layouts
-from support.features import POINTS, draw_features, scatter, spread_out
+from support.charts import spread_out
+from support.features import POINTS, draw_features, scatter
 from support.options import make_config
 from support.tsne import affinities, tsne
 
@@ -84,8 +85,8 @@ def test_equal_points_are_no_error_and_an_impossible_perplexity_is():
 
 
 def test_the_points_are_spread_over_a_folder():
-    assert spread_out(3).tolist() == [0, 1, 2]
-    many = spread_out(10 * POINTS)
+    assert spread_out(3, POINTS).tolist() == [0, 1, 2]
+    many = spread_out(10 * POINTS, POINTS)
     assert (len(many), many[0], many[-1]) == (POINTS, 0, 10 * POINTS - 1)
 
 

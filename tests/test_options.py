@@ -130,7 +130,7 @@ def test_a_run_that_was_killed_before_it_had_a_config_can_be_begun_again(tmp_pat
     for name in ("config.json.partial", "run.lock"):
         (tmp_path / name).touch()
     assert options.resolve({"out": str(tmp_path)}, None)[1] == tmp_path
-    Claim(tmp_path, resumed=False).release()
+    Claim(tmp_path).release()
     (tmp_path / "encoder.pt").touch()
     with pytest.raises(ValueError, match="exists; add --resume"):
         options.resolve({"out": str(tmp_path)}, None)

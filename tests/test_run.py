@@ -122,7 +122,7 @@ def test_a_run_that_is_evaluated_again_keeps_what_it_knew(finished, tmp_path, ca
     before = json.loads((folder / "results.json").read_text())
     assert evaluation.main([str(folder)]) == 0
     captured = capsys.readouterr()
-    assert "left out" not in captured.err and "Fake lesions on held-back" in captured.out
+    assert "left out" not in captured.err and "Fake lesions in training images" in captured.out
     after = json.loads((folder / "results.json").read_text())
     assert after["fake_lesions"] == before["fake_lesions"]
     assert {"padim", "untrained", "trivial", "f_beta"} <= set(after)

@@ -174,7 +174,7 @@ def test_a_fault_leaves_nothing_behind(run, new, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(score_files, "_draw", full)
+    monkeypatch.setattr(score_files.Output, "draw", full)
     monkeypatch.setattr(evaluation, "load", lambda path, device: Bright())
     assert "No space left" in refused(capsys, run, "--score", new)
     assert sorted(run.rglob("*")) == before and not (new / "x").exists()
