@@ -50,7 +50,6 @@ def paste(
     at = (turned + source[:, None, None]).floor().long().clamp(0, size - 1)
     index = (at[..., 0] * size + at[..., 1]).flatten(1)[:, None].expand(-1, 3, -1)
     moved = x.flatten(2).gather(2, index).view_as(x)
-
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(dim=1)
     moved = moved * brightness
     inside = mask[:, None].float()
@@ -155,10 +154,8 @@ class CutPaste(Detector):
     def phases(self, images: np.ndarray) -> Iterator[Training]:
         epochs = self.epochs or math.ceil(STEPS / max(1, len(images) // self.batch_size))
         for name in ("image", "patch"):
-            weights = [
-                *self.networks[name].parameters(),
-                *self.networks[f"{name} head"].parameters(),
-            ]
+            both = name, f"{name} head"
+            weights = [w for part in both for w in self.networks[part].parameters()]
             sgd = torch.optim.SGD(weights, self.lr, momentum=0.9, weight_decay=3e-5)
 
             def terms(x: Tensor, generator: torch.Generator, step: int, name: str = name) -> Terms:
