@@ -96,7 +96,7 @@ def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
     for p in range(0, len(scatter), POSITIONS):
         sigma = scatter[p : p + POSITIONS] / (count - 1) + eps * eye
         factor, bad = torch.linalg.cholesky_ex(sigma)
-        failed += bad.count_nonzero()
+        failed += bad.count_nonzero() + (~sigma.isfinite()).any()  # a GPU may factor NaN
         w[p : p + POSITIONS] = torch.linalg.solve_triangular(factor, eye, upper=False)
     if failed:  # one synchronisation with a GPU, not one for each block
         raise ValueError(f"a covariance is not positive definite: eps={eps:g}, or NaN, or infinity")
@@ -292,11 +292,11 @@ class PaDiM:
         detector = cls(
             backbone, channels=len(state["channels"]), eps=state["eps"], sigma=state["sigma"]
         )
-        detector.channels, detector.mean = state["channels"].cpu(), state["mean"]
+        detector.channels, detector.mean = state["channels"].cpu(), state["mean"].to(device)
         p, d = detector.mean.shape
         lower = torch.tril_indices(d, d)
         detector.whitening = torch.zeros(p, d, d, device=device)
-        detector.whitening[:, lower[0], lower[1]] = state["whitening"]
+        detector.whitening[:, lower[0], lower[1]] = state["whitening"].to(device)
         detector._prepare_maps(state["size"])
         return detector
 

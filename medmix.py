@@ -100,14 +100,14 @@ def lesions(
 
 
 def squares(image: Tensor, box: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A square around each box: `at` (K, 3, s), where its rows begin in the flat outputs;
+    """A square around each box: `at` (K, 3, s, s), where it lies in the flat outputs; and
     v, u (K, s, s), half-heights and half-widths from the middle of the box.
     """
     side, s = x.shape[3], int(box[:, 2:].max())
     first = box[:, :2].clamp(max=side - s)  # the square lies inside the image
     row, col = (moved(first, x)[:, :, None] + torch.arange(s, device=x.device)).unbind(1)  # (K, s)
     plane = moved(3 * image[:, None] + torch.arange(3, device=image.device), x)  # (K, 3)
-    at = (plane[:, :, None] * side + row[:, None]) * side + col[:, None, :1]
+    at = ((plane[:, :, None] * side + row[:, None]) * side)[..., None] + col[:, None, None]
     top, left, height, width = moved(box.float(), x)[:, :, None].unbind(1)  # (K, 1) each
     v, u = (row - top + 0.5) * (2 / height) - 1, (col - left + 0.5) * (2 / width) - 1  # (K, s)
     v, u = torch.broadcast_tensors(v[:, :, None], u[:, None, :])
@@ -182,8 +182,8 @@ def add_noise(x: Tensor, std: Tensor, generator: Generator) -> Tensor:
 
 
 def paste(out: Tensor, mask: Tensor, at: Tensor, patch: Tensor, share: Tensor) -> None:
-    """out + share (patch - out) in the rows at `at` (K, 3, s), and mask[:, 0] where share > 0."""
-    out, mask = (y.view(-1).unfold(0, patch.shape[3], 1) for y in (out, mask))  # i: from pixel i on
+    """out + share (patch - out) at `at` (K, 3, s, s), and mask[:, 0] where share > 0."""
+    out, mask = out.view(-1), mask.view(-1)
     out[at] = out[at].lerp(patch, share).clamp_(0, 1)
     mask[at[:, :1]] |= share > 0
 

@@ -321,6 +321,8 @@ class Pretraining:
             )
         self.encoder.load_state_dict(state["encoder"])
         self.optimiser.load_state_dict(state["optimiser"])
+        for group in self.optimiser.param_groups:  # the run may have begun on another device
+            group["fused"] = self.optimiser.defaults["fused"]
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.c = self.c.to(self.device)

@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contrastive import contrastive
@@ -82,7 +83,7 @@ def supervised_contrastive(
     denominator = _uncentred(z, pair, tau, 0.0, rows)
     f = z.to(denominator.dtype)
     f = centred_features(f, torch.zeros_like(n), f.new_zeros(1, f.shape[1]))
-    sums = f.new_zeros(int(n.max()) + 1, f.shape[1]).index_add(0, n, f)  # (A, Z)
+    sums = F.one_hot(n).to(f.dtype).T @ f  # (A, Z); index_add is in no fixed order on a GPU
     positives = (f * (sums[n] - f)).sum(dim=1) / (n.bincount()[n] - 1)  # (N,)
     return (denominator - positives[slice(*rows) if rows else slice(None)] / tau).mean()
 

@@ -60,8 +60,7 @@ class Detector(ABC):
             raise ValueError(f"{self.kind} cannot start from {type(start).__name__}")
         with torch.random.fork_rng(devices=[]):  # layers draw their start weights from it
             torch.manual_seed(self.seed)
-            networks = nn.ModuleDict(self.build(start))
-        self.networks = networks.to(self.device).eval()
+            self.networks = nn.ModuleDict(self.build(start)).to(self.device).eval()
         self.networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.fitted: dict[str, Tensor] = {}  # what is estimated after the training
         self.ready = False
@@ -143,7 +142,8 @@ class Detector(ABC):
         """The detector whose `save` wrote this: torch.load(path, weights_only=True)."""
         detector = cls(start, **state["settings"])
         detector.networks.load_state_dict(state["networks"])
-        detector.fitted, detector.ready = state["fitted"], True
+        detector.fitted = {name: t.to(detector.device) for name, t in state["fitted"].items()}
+        detector.ready = True
         return detector
 
 

@@ -39,7 +39,7 @@ phantom.draw(folder / "phantom", train=32, good=4, abnormal=4, size=64)
 dataset = layouts.discover(folder / "phantom")
 images, _ = data.decode(dataset.train, 64, folder)
 test, _ = data.decode([sample.path for sample in dataset.test], 64, folder)
-config = make_config({"preset": "quick", "epochs": 1, "init": "random"})
+config = make_config({"preset": "quick", "epochs": 1, "init": "random", "device": "cpu"})
 encoder, _ = pretrain(images, config, folder)
 torch.save(encoder.backbone.state_dict(), folder / "encoder.pt")  # as in a run's folder
 weights = torch.load(folder / "encoder.pt", weights_only=True)

@@ -19,6 +19,7 @@ from baselines.ocgan import OCGAN
 from baselines.panda import PANDA
 from baselines.pretraining import UNTRAINED
 from baselines.steps import Detector
+from encoder import ResNet18
 from support.progress import notify
 from support.training import train
 
@@ -68,7 +69,11 @@ def fit(
         settings["encoder_epochs"] = options["detector_epochs"]
     if name == "dae":
         settings["denoise"] = options["denoise"]
-    detector = kind(backbone if kind.pretrained else options["device"], **settings)
+    start: Any = options["device"]
+    if kind.pretrained:  # a plain copy: SyncBatchNorm would wait for processes that train nothing
+        start = ResNet18().to(options["device"])
+        start.load_state_dict(backbone.state_dict())
+    detector = kind(start, **settings)
     for training in detector.trainings(images):
         file = training.name.replace(" ", "_")
         notify(f"training {training.name}")

@@ -89,7 +89,7 @@ def _seconds(training: Any) -> float:
         began = time.perf_counter()
         training.update(training.losses())
         if training.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(training.device)
         took = time.perf_counter() - began
         if took > 10:
             break
@@ -98,7 +98,7 @@ def _seconds(training: Any) -> float:
 
 def _memory(device: str) -> str:
     if device != "cpu":
-        return f"{size_of(torch.cuda.max_memory_allocated())} of the GPU"
+        return f"{size_of(torch.cuda.max_memory_allocated(device))} of the GPU"
     try:
         import resource
     except ImportError:  # Windows

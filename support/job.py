@@ -347,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, resume = parse(argv)
         join_processes()
+        torch.backends.cudnn.deterministic = True  # the same seed, the same numbers on a GPU, too
         if options.pop("dry_run", False):
             dry_run(*resolve(options, resume))
             return 0

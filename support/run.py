@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
 
@@ -65,7 +66,8 @@ def pick_device(name: str) -> str:
     """auto: the GPU if there is one.   raises: ValueError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    if name not in ("cpu", *gpus, *["cuda"][: len(gpus)]):
         raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {name}")
     return name
 
@@ -103,7 +105,7 @@ def save_atomically(value: dict, path: Path) -> None:
             process, so it writes to memory.
     """
     content = io.BytesIO()
-    torch.save(value, content)
+    torch.save(tree_map_only(Tensor, Tensor.cpu, value), content)  # for machines without a GPU, too
     with replacing(path) as partial:  # a run's folder that was deleted is not made again
         partial.write_bytes(content.getbuffer())
 
@@ -209,9 +211,10 @@ def process_lives(number: int) -> bool:
 def join_processes() -> None:
     """Join the other processes, if torchrun started this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        gpus, rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if rank < gpus:
+            torch.cuda.set_device(rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         patient()
 
 

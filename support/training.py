@@ -119,7 +119,7 @@ def _reading(values: Tensor) -> Callable[[], list[float]]:
     if not values.is_cuda:
         return values.tolist
     copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))
 
     def read() -> list[float]:
         copied.synchronize()
@@ -168,7 +168,7 @@ def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[s
 
     raises: OSError or ValueError, naming the file.
     """
-    state = read_saved(checkpoint, "checkpoint", training.device)
+    state = read_saved(checkpoint, "checkpoint", "cpu")  # where Adam keeps its count of steps
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
             f"{checkpoint}: a checkpoint of another version of this program; finish the run with "
@@ -214,8 +214,6 @@ def _form(value: Any) -> Any:
 
 
 IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-
-
 WAIT = 20.0  # seconds for the server to answer
 _failed: list[Exception] = []  # a table's runs try once
 

@@ -662,7 +662,7 @@ def test_another_stream_and_another_gpu_change_no_bit():
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             z, n, pair, c = (t.to(device) for t in (case.z, case.n, case.pair, case.c))
-            z.requires_grad_()
+            z = z.clone().requires_grad_()
             loss = replace(case, z=z, n=n, pair=pair, c=c).losses("triton")
             loss.sum().backward()
         torch.cuda.synchronize(device)
@@ -733,8 +733,8 @@ def test_a_cuda_graph_captures_a_step_and_nothing_waits():
     with torch.cuda.stream(side):
         step()
         z.grad = None
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")

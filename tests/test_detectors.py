@@ -141,7 +141,8 @@ def test_embeddings_are_the_concatenated_layers_at_layer1s_positions(backbone, s
         return whole[:, detector.channels].flatten(2).mT  # (B, P, D)
 
     got, plain = detector.embeddings(x), concatenated(channels_last(folded(network)))
-    assert torch.equal(got, plain)
+    rounding = 0.0 if DEVICE.type == "cpu" else 1e-5  # fewer channels may be summed otherwise there
+    torch.testing.assert_close(got, plain, rtol=rounding, atol=rounding)
     want = concatenated(network)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.max()))
 

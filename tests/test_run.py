@@ -83,7 +83,9 @@ def test_the_untrained_row_is_the_start_network_and_the_trained_one_is_not(finis
 
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(phantoms, finished, tmp_path):
     folder = tmp_path / "killed"
-    slow = "import pmsacl, sys, time; from support import job;" \
+    slow = "import pmsacl, sys, time, torch; from support import job;" \
+        "torch.use_deterministic_algorithms(True, warn_only=True);" \
+        "torch.backends.cudnn.allow_tf32 = False;" \
         f"pmsacl.WATCHED_VIEWS = {pmsacl.WATCHED_VIEWS};" \
         "pmsacl.train.__kwdefaults__['save_every'] = 0.0;" \
         "update = pmsacl.Pretraining.update;" \
