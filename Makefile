@@ -5,7 +5,7 @@ REQUIREMENTS ?= requirements.txt
 # Spinning OpenMP threads slow a shared machine many times.
 export OMP_WAIT_POLICY = passive
 
-# Threads that wait shortly before they sleep: 1.4 to 1.7 times as fast as passive ones.
+# Threads that wait shortly before they sleep: up to 1.7 times as fast as passive ones.
 demo: export GOMP_SPINCOUNT = 2000
 demo: .venv/ready
 	.venv/bin/python pmsacl.py

@@ -129,6 +129,7 @@ def versions() -> dict[str, str]:
 def main_job(config: Config, folder: Path) -> None:
     """Pre-train, fit the detectors, evaluate them and the untrained network, report."""
     seconds: dict[str, float] = {}
+    torch.backends.cudnn.deterministic = True  # the same seed, the same numbers on a GPU, too
     with first_process_first():  # it draws and decodes, the others read
         images = prepare(config, folder)
     notify(plan(config, images, folder))
@@ -347,7 +348,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, resume = parse(argv)
         join_processes()
-        torch.backends.cudnn.deterministic = True  # the same seed, the same numbers on a GPU, too
         if options.pop("dry_run", False):
             dry_run(*resolve(options, resume))
             return 0
