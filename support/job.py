@@ -59,6 +59,8 @@ from support.together import assist, batch_of_all, offered
 from support.training import check_start, encoder_of, train
 from support.worth import fake_lesions, near_duplicates, trivial_scores
 
+MANY = 500  # epochs
+
 
 @dataclass(frozen=True)
 class Images:
@@ -134,6 +136,12 @@ def main_job(config: Config, folder: Path) -> None:
         images = prepare(config, folder)
     notify(plan(config, images, folder))
     warn_of_near_duplicates(images)
+    trains = config.method not in UNTRAINED and not config.encoder
+    if config.device == "cpu" and config.epochs >= MANY and trains:
+        notify(
+            f"{config.epochs} epochs on a CPU take days to weeks: --dry-run estimates how long, "
+            "--preset quick takes minutes"
+        )
 
     began = time.monotonic()
     encoder, init = pretrained(images.pixels, config, folder)
