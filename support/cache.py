@@ -195,10 +195,12 @@ def attempt(work: Callable[[T], U], item: T) -> U | str:
 
 
 def ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
-    """Each item with what `work` returns for it, in order; threads do AHEAD of them beforehand."""
-    pool = ThreadPoolExecutor(THREADS)  # pillow decodes outside Python's lock
+    """Each item with what `work` returns for it, in order; threads do AHEAD of them beforehand.
+
+    What was taken is worked on to its end, also when the caller stops.
+    """
     waiting: deque[tuple[T, Future[U]]] = deque()
-    try:
+    with ThreadPoolExecutor(THREADS) as pool:  # pillow decodes outside Python's lock
         for item in items:
             waiting.append((item, pool.submit(work, item)))
             if len(waiting) > AHEAD:
@@ -207,8 +209,6 @@ def ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
         while waiting:
             first, result = waiting.popleft()
             yield first, result.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from support.progress import notify
-from support.run import from_first_process, make_folder, patient, process_lives, ranks
+from support.run import from_first_process, make_folder, patient, ranks
 
 try:
     import fcntl
@@ -66,6 +66,19 @@ def _began(pid: int | str) -> str:
     return stat.rpartition(b")")[2].split()[19].decode()
 
 
+def _lives(number: int) -> bool:
+    """Whether this host has such a process; True where asking would end it, on Windows."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 def holder(path: Path) -> dict[str, Any]:
     """Who wrote a lock; {} if nobody did, or the text is cut short."""
     try:
@@ -84,7 +97,7 @@ def may_live(owner: dict[str, Any]) -> bool:
         return True
     if owner.get("boot") and here["boot"] and owner["boot"] != here["boot"]:
         return False
-    if not process_lives(owner["pid"]):
+    if not _lives(owner["pid"]):
         return False
     began = _began(owner["pid"])
     return not (began and owner.get("began") and began != owner["began"])
@@ -188,9 +201,7 @@ def _system_lock(file: int) -> bool | None:
 
 
 @contextlib.contextmanager
-def claimed(
-    choose: Callable[[], tuple[T, Path]],
-) -> Iterator[tuple[T, Path]]:
+def claimed(choose: Callable[[], tuple[T, Path]]) -> Iterator[tuple[T, Path]]:
     """Hold the folder of a run while the block runs; of several processes, the first one does.
 
     Signals end the block by KeyboardInterrupt; what it has made is then removed if there is nothing

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from baselines.lesion_classifier import LesionClassifier
-from baselines.pretraining import UNTRAINED
 from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
@@ -136,8 +135,7 @@ def main_job(config: Config, folder: Path) -> None:
         images = prepare(config, folder)
     notify(plan(config, images, folder))
     warn_of_near_duplicates(images)
-    trains = config.method not in UNTRAINED and not config.encoder
-    if config.device == "cpu" and config.epochs >= MANY and trains:
+    if config.device == "cpu" and config.epochs >= MANY and config.trains:
         notify(
             f"{config.epochs} epochs on a CPU take days to weeks: --dry-run estimates how long, "
             "--preset quick takes minutes"
@@ -227,8 +225,7 @@ def fit_detectors(
         file = folder / (f"detector_{name}.pt" if detectors else "detector.pt")
         detectors[name] = with_healthy(detector, images, name, file)
         seconds[name] = time.monotonic() - began
-    trained = config.method not in UNTRAINED and not config.encoder
-    if trained and config.classes > 1 and "aug" in config.names_of_terms(local=False):
+    if config.trains and config.classes > 1 and "aug" in config.names_of_terms(local=False):
         file = folder / "detector_f_beta.pt"
         detectors["f_beta"] = with_healthy(LesionClassifier(encoder), images, "f_beta", file)
     detectors["untrained"] = fit_padim(untrained(config), images.pixels, config)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baselines.pretraining import METHODS
+from baselines.pretraining import METHODS, UNTRAINED
 from baselines.strong import STRONG, TILES
 from igd import IGD
 from support.checks import check_places
@@ -155,6 +155,11 @@ class Config:
         lesion_area(self)  # two numbers
         parse_window(self.window)  # two numbers, or none
         chosen(self.detector)  # names
+
+    @property
+    def trains(self) -> bool:
+        """Whether an encoder is pre-trained in this run."""
+        return self.method not in UNTRAINED and not self.encoder
 
     def names_of_terms(self, local: bool) -> tuple[str, ...]:
         """Of eq. 1, for the encoder of images or for that of patches."""

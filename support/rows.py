@@ -78,7 +78,7 @@ OF_ONE_SET = {f"table {number}" for number in (1, 2, 3, 4, 6, 7)}  # whose figur
 OF_NO_ROW = ("-h", "--help", "--dry-run")
 MASKED = ("table 6", "table 7")
 DETECTOR = {"table 10": "igd", "figure 6": "igd"}  # of the paper, where it is not PaDiM
-IMAGE_SIZE = {"Liu et al.": 64}  # pixels, where they are not 256                     [P:§4.2]
+OF_SET = {"Liu et al.": {"image_size": 64}}  # where the paper has not 256 pixels     [P:§4.2]
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,7 @@ def rows_of(
     for row, text in options.items():
         usual = "igd" if row.endswith("IGD") else DETECTOR.get(name, "padim")
         merged: dict[str, Any] = {"detector": usual, "healthy_share": 0.0}  # all of D trains
-        if data_set in IMAGE_SIZE:
-            merged["image_size"] = IMAGE_SIZE[data_set]
-        merged |= common | parse(shlex.split(text))[0]
+        merged |= OF_SET.get(data_set, {}) | common | parse(shlex.split(text))[0]
         try:
             configs = tuple(make_config(merged | {"seed": seed}) for seed in range(seeds))
         except ValueError as error:

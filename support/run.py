@@ -67,7 +67,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-    if name not in ("cpu", *gpus, *["cuda"][: len(gpus)]):
+    if name not in ["cpu", *gpus] and not (name == "cuda" and gpus):
         raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {name}")
     return name
 
@@ -190,19 +190,6 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header."""
     return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-
-
-def process_lives(number: int) -> bool:
-    """Whether this host has such a process; True where asking would end it, on Windows."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 # --- processes: `torchrun --nproc-per-node R pmsacl.py ...` ---------------------------------------
