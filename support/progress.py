@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
-import torch
-
 from support.run import lack, one_line, ranks
 
 T = TypeVar("T")
@@ -21,7 +19,6 @@ T = TypeVar("T")
 LINE_EVERY = 30.0  # seconds between progress lines where stderr is no terminal
 REFRESH_EVERY = 0.1  # seconds between progress lines on a terminal, where each replaces the last
 CLEAR_LINE = "\r\x1b[K"  # of a terminal, from its start
-LONG = 2 * 3600.0  # seconds; a CPU user whose training takes longer is advised how to shorten it
 
 
 def duration(seconds: float) -> str:
@@ -171,8 +168,8 @@ class Meter:
     images:      of one step, over all ranks.
     """
 
-    def __init__(self, done: int, total: int, images: int, device: torch.device) -> None:
-        self.total, self.images, self.device = total, images, device
+    def __init__(self, done: int, total: int, images: int) -> None:
+        self.total, self.images = total, images
         self.rate = float("nan")  # images a second, from the second step of this process on
         self.first = done + 1
         self.line = _Line()
@@ -188,7 +185,7 @@ class Meter:
         self.rate = self.images / per_step
         left = per_step * (self.total - step)
         if step == self.first + 3:
-            self._announce(left)
+            notify(f"{self.total} steps, about {duration(left)}")
         values = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
         speed = f"{self.rate:.0f} images/s" if self.rate >= 1 else f"{per_step:.0f} s a step"
         text = f"{where}  {values}  {speed}  {duration(left)} left"
@@ -196,12 +193,3 @@ class Meter:
             notify(text)
         else:
             self.line.show(text, now, always=last)
-
-    def _announce(self, left: float) -> None:
-        """The estimate of the first steps, and how to shorten what a CPU would take hours for."""
-        notify(f"{self.total} steps, about {duration(left)}")
-        if self.device.type == "cpu" and left > LONG:
-            notify(
-                "that is long for a CPU: use --preset quick (64 px, few epochs), lower --epochs or "
-                "--image-size, or use a GPU"
-            )

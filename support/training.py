@@ -2,7 +2,6 @@
 
 A training is an object with
     name, rate_option     for messages: "", "local", "IGD global"; the option that lowers its rate
-    device                where it runs
     networks              the module that all processes train together; without it, one does alone
     total, steps          steps in all and an epoch
     step_done, images     steps done, and images of a step, over all processes
@@ -59,7 +58,7 @@ def train(
     with deferred(together=networks is not None) as asked:
         sums, rows = load(training, checkpoint) if checkpoint.exists() else ({}, [])
         losses = averaged(training.losses, networks) if networks else training.losses
-        meter = Meter(training.step_done, training.total, training.images, training.device)
+        meter = Meter(training.step_done, training.total, training.images)
         saved = time.monotonic()
         while training.step_done < training.total:
             epoch, position = divmod(training.step_done, training.steps)

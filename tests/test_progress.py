@@ -6,7 +6,6 @@ import io
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from support import progress as shown
 
@@ -97,7 +96,7 @@ def test_progress_says_how_far_it_came_when_it_is_stopped(screen, tick):
 
 def train(total: int, epoch: int) -> shown.Meter:
     """A training on a CPU with steps of 16 images."""
-    meter = shown.Meter(0, total, 16, torch.device("cpu"))
+    meter = shown.Meter(0, total, 16)
     for step in range(1, total + 1):
         meter.show(step, f"epoch {-(-step // epoch)}", {"aug": 1.5}, last=step % epoch == 0)
     return meter
@@ -131,18 +130,9 @@ def test_a_training_elsewhere_prints_epochs_and_a_line_now_and_then(capsys, tick
     ]
 
 
-def test_a_long_training_on_a_cpu_says_how_to_shorten_it(capsys, tick):
-    tick(10)
-    meter = shown.Meter(0, 5000, 16, torch.device("cpu"))
-    for step in range(1, 5):
-        meter.show(step, "epoch 1/9", {"aug": 1.0}, last=False)
-    text = capsys.readouterr().err
-    assert "5000 steps, about 13 h" in text and "--preset quick" in text
-
-
 def test_a_message_replaces_the_line_of_progress(screen, tick):
     tick(1)
-    meter = shown.Meter(0, 9, 16, torch.device("cpu"))
+    meter = shown.Meter(0, 9, 16)
     for step in (1, 2):
         meter.show(step, "epoch 1", {}, last=True)
     shown.notify("collapse")
