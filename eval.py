@@ -307,9 +307,9 @@ def evaluate_run(
 ) -> Path:
     """Evaluate a run again, on its own data set (root None) or on another one.
 
-    Another one's results go into RUN/eval-NAME, and nothing of the run's own is touched. Rows of
-    detectors that the run did not save (untrained) are kept if they are of the same data and
-    protocol.
+    Another one's results go into RUN/eval-NAME, those of the paper's protocol into
+    RUN/eval-paper-protocol, and nothing of the run's own is touched. Rows of detectors that the run
+    did not save (untrained) are kept if they are of the same data.
     returns: the folder of the results.
     """
     config, old, detectors = load_run(folder, device)
@@ -323,11 +323,13 @@ def evaluate_run(
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
     to = folder if root == own else folder_of_other(folder, root)
-    old = old if root == own else read_results(to)
+    if root == own and paper_protocol > bool(config.get("paper_protocol")):
+        to = folder / "eval-paper-protocol"
+    old = old if to == folder else read_results(to)
     fit, _ = healthy.split(dataset.train, float(config.get("healthy_share", 0)))
-    dataset = dataclasses.replace(dataset, train=tuple(fit))
     dataset, images, masks, known = data.decode_test(
-        dataset, size, to / "cache", skip_bad=skip_bad or bool(config.get("skip_bad")),
+        dataclasses.replace(dataset, train=tuple(fit)), size,
+        (folder if root == own else to) / "cache", skip_bad=bool(skip_bad or config.get("skip_bad")),
         window=window_of_set([s.path for s in dataset.test], "", config),
     )  # fmt: skip
     kept = {}

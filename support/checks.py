@@ -80,23 +80,23 @@ def check_content(dataset: Dataset, *, allow: bool) -> list[str]:
     places += [(s.path, "abnormal" if s.label else "normal") for s in dataset.test]
     twice: list[str] = []
     copies: list[str] = []
-    both: dict[str, list[str]] = {"test images also train": [], "images have both labels": []}
+    both: dict[str, list[str]] = {"test images that also train": [], "images with both labels": []}
     for same in _same_content(places):
         sets, real = {place for _, place in same}, {os.path.realpath(path) for path, _ in same}
         text = " = ".join(str(path) for path, _ in same[:3])
         if "train" in sets and len(sets) > 1:
-            both["test images also train"].append(text)
+            both["test images that also train"].append(text)
         if {"normal", "abnormal"} <= sets:
-            both["images have both labels"].append(text)
+            both["images with both labels"].append(text)
         elif len(sets) == 1:
             (twice if len(real) < len(same) else copies).append(text)
-    found = [f"{len(texts)} {what}: {named(texts)}" for what, texts in both.items() if texts]
+    found = [f"{what} ({len(texts)}): {named(texts)}" for what, texts in both.items() if texts]
     if twice:
-        found.append(f"{len(twice)} files are listed twice: {named(twice)}")
+        found.append(f"files listed twice ({len(twice)}): {named(twice)}")
     if found and not allow:
         raise ValueError(f"{'; '.join(found)}. Remove them, or go on: --allow-duplicates")
     if copies:
-        found.append(f"{len(copies)} images have copies in their class: {named(copies)}")
+        found.append(f"images with copies in their class ({len(copies)}): {named(copies)}")
     return found
 
 

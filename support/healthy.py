@@ -128,8 +128,8 @@ def summary(
 def described(name: str, row: Mapping[str, Any]) -> str:
     """A sentence on a detector's entry."""
     text = (
-        f"{name}: the 95% point of the scores of {row['images']} healthy images that trained "
-        f"nothing is {row['threshold']:.6g}"
+        f"{name}: the 95th percentile of the scores of {row['images']} held-out healthy images is "
+        f"{row['threshold']:.6g}"
     )
     if "sensitivity" in row:
         text += (

@@ -125,10 +125,10 @@ def _origin(judge: Any) -> str:
     healthy, threshold = judge.healthy, judge.threshold
     if threshold == healthy.threshold:
         return (
-            f"The threshold is the 95% point of the scores of {len(healthy.scores)} healthy images "
-            "that trained nothing: about one healthy image in twenty lies above it."
+            f"The threshold is the 95th percentile of the scores of {len(healthy.scores)} held-out "
+            "healthy images: about one healthy image in twenty lies above it."
         )
     return (
         f"The threshold was set by the run's test images; {healthy.percentile(threshold):.0f}% of "
-        f"{len(healthy.scores)} healthy images that trained nothing lie below it."
+        f"{len(healthy.scores)} held-out healthy images lie below it."
     )

@@ -126,7 +126,7 @@ class Config:
     )
     detector: str = _option("padim", f"both (padim,igd), or some of {', '.join(NAMES)}")
     detector_epochs: int = _option(
-        0, "epochs of each compared detector's trainings; 0: its default", 0, 10**6
+        0, "epochs of each detector but padim and igd; 0: its default", 0, 10**6
     )
     detector_lr: float = _option(0.0, "learning rate of these; 0: their default", 0, RATE)
     denoise: float = _option(0.0, "share of pixels hidden from dae in training", 0, 1)
@@ -283,7 +283,8 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         if field.name in titles:
             group = parser.add_argument_group(titles[field.name])
         _add_option(group, field)
-    parser.add_argument("--as-printed", action="store_true", help=f"as the paper: {AS_PRINTED}")
+    printed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in AS_PRINTED.items())
+    parser.add_argument("--as-printed", action="store_true", help=f"as the paper has it: {printed}")
     parser.add_argument(
         "--dry-run", action="store_true", default=None, help="print the plan, write nothing"
     )

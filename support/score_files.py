@@ -68,8 +68,10 @@ def judge(name: str, detector: Any, results: Mapping[str, Any]) -> Judge:
     row, healthy = results.get(name, {}), getattr(detector, "healthy", None)
     if healthy is None:
         notify(
-            f"{name}: no healthy images were kept out of its training (an older version, or "
-            "--healthy-share 0): no percentiles" + ", no verdict" * ("threshold" not in row)
+            f"{name}: no healthy images were kept out of its training (fewer than 20 of them, "
+            "--healthy-share 0, or an older version): no percentiles"
+            + ", no verdict"
+            * ("threshold" not in row)
         )
     threshold = row.get("threshold", healthy and healthy.threshold)
     return Judge(threshold, healthy, row.get("map_scale") or (healthy and healthy.scale))

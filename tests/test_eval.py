@@ -321,7 +321,8 @@ def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):
     assert evaluation.main([str(run)]) == 0  # the same data: the row stays
     assert "untrained" in json.loads((run / "results.json").read_text())
     assert evaluation.main([str(run), "--paper-protocol"]) == 0
-    stored = json.loads((run / "results.json").read_text())
+    assert "untrained" in json.loads((run / "results.json").read_text())  # the run's stay
+    stored = json.loads((run / "eval-paper-protocol" / "results.json").read_text())
     assert "untrained" not in stored and stored["igd"]["images"]["test_normal"] == 6
 
 
@@ -382,7 +383,7 @@ def test_scores_of_healthy_images_give_percentiles_and_measures(run, tmp_path, m
     found = [h for h, r in zip(high, tested, strict=True) if r["label"] == "1"]
     [of_padim] = stored["healthy"].values()
     assert of_padim["images"] == 4 and of_padim["sensitivity"] == np.mean(found)
-    assert "of 4 healthy images that trained nothing is 0.39" in (run / "results.md").read_text()
+    assert "of 4 held-out healthy images is 0.39" in (run / "results.md").read_text()
 
 
 def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):

@@ -359,7 +359,7 @@ def test_new_images_have_verdicts_where_there_is_a_threshold(tmp_path):
     assert [a["data-verdict"] for a in padim] == ["abnormal"] * 5 + ["normal"] * 5
     assert {a["data-verdict"] for a in igd} == {""}
     assert "5 of 10 (0.500) judged abnormal" in page.text
-    assert "62% of 8 healthy images that trained nothing lie below it" in page.text
+    assert "62% of 8 held-out healthy images lie below it" in page.text
     assert "above 87.5% of healthy images" in page.text
     assert "no threshold" in page.text.split("Detector: igd")[-1]
 
