@@ -307,9 +307,8 @@ def evaluate_run(
 ) -> Path:
     """Evaluate a run again, on its own data set (root None) or on another one.
 
-    Another one's results go into RUN/eval-NAME, those of the paper's protocol into
-    RUN/eval-paper-protocol, and nothing of the run's own is touched. Rows of detectors that the run
-    did not save (untrained) are kept if they are of the same data.
+    Results of another one go into RUN/eval-NAME, those of the paper's protocol into
+    RUN/eval-paper-protocol. Rows of detectors that the run did not save (untrained) are kept.
     returns: the folder of the results.
     """
     config, old, detectors = load_run(folder, device)
@@ -318,6 +317,7 @@ def evaluate_run(
         raise ValueError(f"{own}: the images of {folder} are not there; --data names their place")
     root = real(root or own)
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
+    skip_bad |= bool(config.get("skip_bad"))
     dataset = layouts.discover(root, seed=seed, training=root == own)
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
@@ -329,7 +329,7 @@ def evaluate_run(
     fit, _ = healthy.split(dataset.train, float(config.get("healthy_share", 0)))
     dataset, images, masks, known = data.decode_test(
         dataclasses.replace(dataset, train=tuple(fit)), size,
-        (folder if root == own else to) / "cache", skip_bad=bool(skip_bad or config.get("skip_bad")),
+        (folder if root == own else to) / "cache", skip_bad=skip_bad,
         window=window_of_set([s.path for s in dataset.test], "", config),
     )  # fmt: skip
     kept = {}
