@@ -326,11 +326,10 @@ def evaluate_run(
     if root == own and paper_protocol > bool(config.get("paper_protocol")):
         to = folder / "eval-paper-protocol"
     old = old if to == folder else read_results(to)
-    fit, _ = healthy.split(dataset.train, float(config.get("healthy_share", 0)))
+    train = tuple(healthy.split(dataset.train, float(config.get("healthy_share", 0)))[0])
     dataset, images, masks, known = data.decode_test(
-        dataclasses.replace(dataset, train=tuple(fit)), size,
-        (folder if root == own else to) / "cache", skip_bad=skip_bad,
-        window=window_of_set([s.path for s in dataset.test], "", config),
+        dataclasses.replace(dataset, train=train), size, (folder if root == own else to) / "cache",
+        skip_bad=skip_bad, window=window_of_set([s.path for s in dataset.test], "", config),
     )  # fmt: skip
     kept = {}
     for name, entry in old.items():

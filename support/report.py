@@ -125,6 +125,7 @@ def _what(
         "Images": f"{dataset.root} ({dataset.layout})",
         "Training": trained,
         "Test": tested if dataset.test else "none",
+        "Notes": "; ".join(results.get("data_notes", ())),
         "Method": f"{config.get('method')}, preset {config.get('preset')}, "
         f"epochs: {config.get('epochs')}, images of {config.get('image_size')} px",
         "Machine": f"{config.get('device')}, Python {config.get('python')}, torch "
