@@ -258,10 +258,12 @@ def test_a_run_of_healthy_images_only_has_a_page(tmp_path):
     (tmp_path / "log.csv").write_text("epoch,ctr\n1,0.5\n")
     dataset = layouts.Dataset("one folder", tmp_path, (Path("a.png"),) * 3, ())
     (tmp_path / "config.json").write_text(json.dumps({"data": str(tmp_path), "method": "pmsacl"}))
-    report.write_report(tmp_path, dataset, {"init": "random", "seconds": {"pretrain": 2.0}})
+    results = {"init": "random", "seconds": {"pretrain": 2.0}, "data_notes": ["left out: b.png"]}
+    report.write_report(tmp_path, dataset, results)
     page = Page((tmp_path / "report.html").read_text())
     assert_well_made(page)
     assert "healthy images only" in page.text and not page.cards()
+    assert "left out: b.png" in page.text
     assert "a <b> run: report" in page.text and not page.all("b")
     assert "3 healthy images" in page.text
 
