@@ -280,7 +280,9 @@ def _parser() -> Parser:
         help="in each line: the name of a row and more options for it",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs for each row (default: 5)")
-    parser.add_argument("--out", type=given_path, default=Path("runs/experiments"), help="folder")
+    parser.add_argument(
+        "--out", type=given_path, default=Path("runs/experiments"), help="folder of runs and tables"
+    )
     parser.add_argument("--keep", action="store_true", help="keep finished runs' checkpoints")
     parser.add_argument("--show", action="store_true", help="run nothing, show the finished runs")
     return parser
