@@ -42,12 +42,12 @@ def images(n: int, size: int = 32, seed: int = 0) -> np.ndarray:
     return (255 * nn.functional.interpolate(coarse, size=size, mode="bilinear")).byte().numpy()
 
 
-def small(name: str, **settings) -> Detector:
+def small(name: str, *, device: torch.device = DEVICE, **settings) -> Detector:
     kind = COMPARED[name]
     settings = {"image_size": 32, "batch_size": 4, "epochs": 2, "width": 2} | settings
     if name == "fanogan":
         settings = {"encoder_epochs": 1, "critic_steps": 2} | settings
-    return kind(Small().to(DEVICE) if kind.pretrained else DEVICE, **settings)
+    return kind(Small().to(device) if kind.pretrained else device, **settings)
 
 
 def run(training: Training, stop: float = math.inf) -> Training:

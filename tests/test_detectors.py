@@ -310,3 +310,17 @@ def test_features_without_a_covariance_are_refused(backbone):
         PaDiM(backbone, channels=8).fit(broken)
     with pytest.raises(ValueError, match="eps"):
         PaDiM(backbone, channels=30, eps=0.0).fit(images(5))  # singular with N <= D
+
+
+def test_the_defaults_are_those_that_the_deviations_state(backbone):  # R19
+    detector = PaDiM(backbone)
+    assert (len(detector.channels), detector.eps, detector.sigma) == (100, 0.01, 4.0)
+    assert torch.equal(detector.channels, PaDiM(backbone, seed=0).channels)
+
+
+def test_a_side_that_is_no_multiple_of_four_has_the_positions_of_layer1(backbone):
+    detector, test = PaDiM(backbone, channels=5).fit(images(4, 50)), images(2, 50, seed=1)
+    with torch.no_grad():
+        first = folded(detector.backbone).stages(normalise(to_unit(test, DEVICE)), last=1)[0]
+    assert detector.embeddings(test).shape == (2, first[0, 0].numel(), 5)  # 13 x 13
+    assert detector.score(test)[0].shape == (2, 50, 50)

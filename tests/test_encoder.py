@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 import torch.nn.functional as F
-from conftest import generator
+from conftest import assert_uniform, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from encoder import Conv3x3, Encoder, ResNet18, normalise, seeded
+from encoder import BasicBlock, Conv3x3, Encoder, ResNet18, normalise, seeded
 
 
 def torchvision_names():
@@ -88,3 +91,60 @@ def test_generators_depend_on_every_part_of_their_key():
     draws = [torch.rand(1, generator=seeded(*key)).item()
              for key in ((0, 1), (1, 0), (0, 1, 0), (0, 2), (0, 1))]  # fmt: skip
     assert draws[0] == draws[-1] and len(set(draws)) == 4
+
+
+@pytest.mark.parametrize(("inputs", "stride"), [(4, 1), (3, 2)])
+def test_a_basic_block_is_its_formula(inputs, stride):
+    block, g = BasicBlock(inputs, 4, stride).eval(), generator(0)
+    for value in block.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(0.5 + torch.rand(value.shape, generator=g))
+    x = torch.randn(2, inputs, 8, 8, generator=g)
+
+    def normed(y, bn):
+        mean, var, weight, bias = (
+            t[:, None, None] for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        )
+        return (y - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    y = F.conv2d(x, block.conv1.weight, stride=stride, padding=1)
+    y = F.conv2d(normed(y, block.bn1).clamp(min=0), block.conv2.weight, padding=1)
+    shortcut = x
+    if block.downsample is not None:
+        conv, bn = block.downsample
+        shortcut = normed(F.conv2d(x, conv.weight, stride=stride), bn)
+    want = (normed(y, block.bn2) - 60 + shortcut).clamp(min=0)
+    block.bn2.bias.data -= 60  # some outputs are negative before the last ReLU
+    assert (want == 0).any() and (want > 0).any()
+    torch.testing.assert_close(block(x), want, rtol=1e-4, atol=1e-3)
+
+
+def test_start_weights_have_their_distributions():
+    net = ResNet18(generator(0))
+    for conv in (net.conv1, net.layer2[0].conv1, net.layer2[0].downsample[0]):
+        fan_out = conv.out_channels * conv.kernel_size[0] ** 2
+        count = conv.weight.numel()  # its deviation is off by 1 / sqrt(2 count) of itself
+        assert abs(conv.weight.std() / math.sqrt(2 / fan_out) - 1) < 5 / math.sqrt(2 * count)
+    bound = 1 / math.sqrt(512)
+    for values in (net.fc.weight, net.fc.bias):
+        assert_uniform(values.detach(), -bound, bound)
+
+
+def test_pooled_is_the_mean_over_positions_and_the_stem_takes_maxima():
+    net, x = ResNet18(generator(1)).eval(), torch.randn(2, 3, 64, 64, generator=generator(2))
+    y = F.max_pool2d(net.bn1(net.conv1(x)).relu(), 3, 2, 1)
+    want = net.layer4(net.layer3(net.layer2(net.layer1(y)))).flatten(2).mean(2)
+    torch.testing.assert_close(net.pooled(x), want)
+
+
+def test_the_encoder_is_its_backbone_and_two_linear_layers():
+    encoder = Encoder(generator=generator(0)).eval()
+    x = torch.rand(2, 3, 32, 32, generator=generator(1))
+    z, h = encoder.embed(x)
+    torch.testing.assert_close(h, encoder.backbone.pooled(normalise(x)))
+    first, _, last = encoder.head
+    want = last(first(h).clamp(min=0))
+    torch.testing.assert_close(z, want / want.norm(dim=1, keepdim=True))
+    assert (encoder.features, encoder.aug_head) == ("unit", "backbone")  # R20, R17
+    got = encoder.position_logits(z[:1], z[1:])
+    torch.testing.assert_close(got, encoder.f_gamma(z[:1] - z[1:]))

@@ -23,6 +23,7 @@ from detectors import PaDiM
 from encoder import ResNet18
 from igd import IGD
 from support import healthy, layouts, scoring
+from support.worth import bootstrapped_aurocs, interval
 
 U64 = 2.0**-53  # one rounding in float64
 
@@ -423,3 +424,64 @@ def test_interrupted_scoring_says_so(run, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "score_files", interrupted)
     assert evaluation.main([str(run), "--score", "x"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_split_and_the_groups_depend_on_the_seed(monkeypatch):
+    labels = np.arange(40) % 2
+    one, two = (evaluation.validation_split(labels, seed) for seed in (0, 1))
+    assert (one != two).any()
+    for name, size in (("GROUPS", 3), ("GROUP_SIZE", 10)):
+        monkeypatch.setattr(evaluation, name, size)
+    for count in (12, 40):  # shared and disjoint groups
+        one, two = (np.stack(evaluation.abnormal_groups(np.arange(count), s)) for s in (0, 1))
+        assert (np.sort(one) != np.sort(two)).any()
+
+
+def test_localisation_counts_ties_as_abnormal_and_has_the_groups_best_threshold():
+    _, labels, maps, masks, _ = cases()
+    maps, lesions = (3 * maps).round(), np.flatnonzero(labels)  # few levels: scores at thresholds
+    groups = [lesions[4:8], lesions[6:10]]  # two images count twice
+    row = evaluation.localisation(maps, masks, lesions[:4], groups, np.arange(len(labels)))
+    best, grouped = row["best_possible"], np.concatenate(groups)
+    assert best["threshold"] == measures.dice_threshold(maps, masks, grouped)[0]
+    assert best["threshold"] != row["pixel_threshold"]
+    for of, t in ((row, row["pixel_threshold"]), (best, best["threshold"])):
+        assert of["iou"] == pytest.approx(measures.iou(maps[grouped] >= t, masks[grouped]).mean())
+        assert of["dice"] == pytest.approx(measures.dice(maps[grouped] >= t, masks[grouped]).mean())
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_what_evaluate_adds_is_measured_on_the_test_images(tmp_path, monkeypatch, paper):
+    dataset = layouts.discover(make_set(tmp_path / "set"))
+    labels, rng = dataset.labels, np.random.default_rng(1)
+    images = rng.integers(0, 255, (12, 3, 32, 32), np.uint8)  # noise: every subset scores otherwise
+    monkeypatch.setattr(Padim, "healthy", healthy.Healthy(np.zeros(1), 0.98, None), raising=False)
+    scores, maps = scoring.score_set(Padim(), images)
+    row = evaluation.evaluate(
+        tmp_path, dataset, {"padim": Padim()}, images,
+        seed=3, paper_protocol=paper, baselines={"size": rng.random(12), "score": scores},
+    )  # fmt: skip
+    test = ~evaluation.validation_split(labels, 3) | paper
+    mean = measures.auroc(maps.mean(axis=(1, 2))[test], labels[test])
+    assert row["padim"]["image_auroc_mean_of_map"] == mean
+    want = measures.confusion(scores[test], labels[test], 0.98)
+    assert {k: row["healthy"]["padim"][k] for k in want} == want
+    [drawn] = bootstrapped_aurocs([scores[test]], labels[test], 3)
+    assert row["padim"]["image_auroc_interval"] == interval(drawn)
+    best = measures.auroc(scores[test], labels[test])
+    assert row["trivial"]["baselines"]["score"] == row["padim"]["image_auroc"] == best
+
+
+def test_just_enough_images_are_split_into_disjoint_groups():
+    groups = evaluation.abnormal_groups(np.arange(500), 0)
+    assert [len(g) for g in groups] == [100] * 5
+    assert sorted(np.concatenate(groups)) == list(range(500))
+
+
+def test_a_run_is_evaluated_with_its_own_seed(run):
+    assert evaluation.main([str(run)]) == 0
+    with open(run / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    labels = [int(row["label"]) for row in rows]
+    one, other = (evaluation.validation_split(labels, seed) for seed in (1, 0))
+    assert [row["split"] == "validation" for row in rows] == one.tolist() != other.tolist()

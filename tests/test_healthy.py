@@ -114,3 +114,40 @@ def test_a_run_of_before_goes_on_with_every_image(runs, tmp_path):
     assert config.pop("healthy_share") == 0
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert options.resolve({}, str(tmp_path))[0].healthy_share == 0
+
+
+def test_the_summary_measures_the_test_images_alone():
+    labels = np.array([0, 0, 0, 1, 1, 1], bool)
+    test = np.array([1, 1, 0, 1, 1, 0], bool)
+    detector = Ramp()
+    detector.healthy = healthy.Healthy(np.arange(3.0), 2.0, None)
+    scores = {"ramp": np.array([1.0, 3.0, 9.0, 2.0, 4.0, 0.0])}
+    row = healthy.summary({"ramp": detector}, scores, labels, test)["ramp"]
+    assert (row["specificity"], row["sensitivity"], row["accuracy"]) == (0.5, 1.0, 0.75)
+
+
+def test_the_scale_begins_at_the_median_of_a_grid_and_its_middle_sees_every_pixel():
+    maps = np.random.default_rng(0).random((30, 48, 48), np.float32)
+
+    class Fixed:
+        def score(self, images):
+            which = images[:, 0, 0, 0]
+            return torch.from_numpy(maps[which]), torch.from_numpy(which).float()
+
+    images = np.arange(30, dtype=np.uint8)[:, None, None, None].repeat(3, 1)
+    low, high = healthy.measure(Fixed(), images, "fixed").scale
+    assert low == pytest.approx(np.median(maps[:, ::3, ::3]))  # GRID x GRID of them
+    middle = np.quantile(maps.max(axis=(1, 2)), 0.95)
+    assert high == pytest.approx(low + 2 * (middle - low))
+
+
+def test_the_kept_images_reach_from_the_first_to_the_last():
+    files = list(range(200))
+    kept = healthy.split(files, 0.1)[1]
+    assert len(kept) == 20 and (kept[0], kept[-1]) == (0, 199)
+
+
+def test_the_threshold_lies_between_two_scores():
+    images = np.zeros((30, 3, 8, 8), np.uint8)
+    images[:, 0, 0, 0] = np.arange(30)
+    assert healthy.measure(Ramp(), images, "ramp").threshold == pytest.approx(0.95 * 29)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoencoder import AutoEncoder, Z, critic, critic_loss, gaussian, interpolate, widths
+from autoencoder import AutoEncoder, Block, Z, critic, critic_loss, gaussian, interpolate, widths
 from encoder import POOLED, ResNet18, seeded
 from igd import (
     IGD,
@@ -581,3 +582,65 @@ def test_user_mistakes_are_named():
         small().fit(images(1))
     with pytest.raises(ValueError, match=r"\(N, 3, 32, 32\)"):
         small().fit(images(4, 64))
+
+
+def test_the_defaults_are_the_papers_and_the_authors():
+    got = {f.name: f.default for f in dataclasses.fields(IGD)}
+    assert got == {
+        "image_size": 256, "epochs": 256, "local_epochs": 256, "batch_size": 16, "patches": 450,
+        "stride": 16, "width": 64, "lr": 1e-4, "encoder_lr": 1e-4, "rho": 0.15, "kappa": 1.0,
+        "sigma2_least": 1.0, "interval": 10, "warmup": 0.0, "critic_weight": 0.1, "gamma": 0.2,
+        "xi_global": 0.1, "xi_local": 0.9, "heat_map": "patch", "seed": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_a_block_is_its_formula(up):
+    """A residual block with norm and ReLU first; the critic's looks at each sample alone."""
+    torch.manual_seed(0)
+    block, x = Block(4, 6, up=up), torch.randn(3, 4, 8, 8, generator=generator())
+    axes = (0, 2, 3) if up else (1, 2, 3)  # of batch norm; of a norm of each sample
+
+    def normed(y):
+        deviation = (y.var(axes, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return ((y - y.mean(axes, keepdim=True)) / deviation).relu()
+
+    def twice(y):
+        return y.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def half(y):
+        return (y[..., ::2, ::2] + y[..., 1::2, ::2] + y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 4
+
+    y = twice(normed(x)) if up else normed(x)
+    y = block.conv2(normed(block.conv1(y)))
+    want = y + twice(block.shortcut(x)) if up else half(y) + block.shortcut(half(x))
+    torch.testing.assert_close(block(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_start_weights_come_from_the_seed_and_differ_between_the_models():
+    def starts(seed, noise):
+        networks = [Small(), Small()]
+        torch.manual_seed(noise)  # the caller's draws change nothing
+        igd = IGD(*networks, image_size=64, width=2, seed=seed)  # type: ignore[arg-type]
+        critics = [t.critic[0].weight for t in igd.trainings(images(4, 64))]
+        models = [(m.linear.weight, m.decoder[0].bias) for m in igd.models.values()]
+        return [critics[0], *models[0], *models[1]]
+
+    one, same, other = starts(1, 5), starts(1, 6), starts(2, 5)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one[1], one[3])
+
+
+def test_the_critic_is_linear_from_end_to_end_but_for_its_blocks():
+    network, x = critic(32, 2, generator()), torch.randn(3, 3, 32, 32, generator=generator(1))
+    y = network[0](x)
+    for block in [part for part in network if isinstance(part, Block)]:
+        y = block(y)
+    last = next(part for part in network if isinstance(part, nn.Linear))
+    torch.testing.assert_close(network(x), last(y.flatten(1))[:, 0])
+
+
+def test_only_the_global_model_warms_up():
+    trainings = small(True, image_size=64, epochs=4, warmup=0.5, patches=9).trainings(images(2, 64))
+    assert [t.warmup for t in trainings] == [2, 0]

@@ -302,3 +302,12 @@ def test_compute_sanitizer_finds_nothing():
     only = "stay_within or many_channels or wide"
     run = subprocess.run([*command, "-k", only], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_around_a_call_costs_no_digits(backend):
+    x, mean, W, _ = make_case(3, 4, 20, seed=16)
+    want = mahalanobis.mahalanobis(x, mean, W, backend=backend)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        got = mahalanobis.mahalanobis(x, mean, W, backend=backend)
+    assert torch.equal(got, want)

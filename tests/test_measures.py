@@ -342,3 +342,27 @@ def test_dice_threshold_between_levels_loses_little():
     _, coarse = measures.dice_threshold(maps, masks, np.arange(6), levels=512)
     # 24576 scores in 511 steps: at most 48 pixels in or out of predictions of about 6 x 140
     assert exact - 48 / (6 * 140) <= coarse <= exact
+
+
+def test_of_several_best_thresholds_the_highest_is_taken():
+    assert measures.youden_threshold([1, 2, 3, 4], [0, 1, 0, 1]) == 4  # J is 1/2 at 2 and at 4
+    maps, masks = np.array([[[4, 3, 2, 1]]]), np.array([[[1, 0, 0, 1]]], bool)
+    assert measures.dice_threshold(maps, masks, [0]) == (4, 2 / 3)  # and at 1: 2 * 2 / (4 + 2)
+
+
+def test_the_lesions_of_all_blocks_count():
+    """Images of more than 32 M pixels are sorted one at a time."""
+    maps = np.zeros((2, 1, 2**25 + 1), np.int8)
+    masks = np.zeros(maps.shape, bool)
+    masks[0, 0, 0] = masks[1, 0, 5] = True
+    maps[0, 0, 0] = 1  # the other lesion is missed
+    _, pro = measures.pixel_measures(maps, masks, np.arange(2))
+    assert pro == pytest.approx(1 / 2 + 1 / 2 * 0.15, abs=1e-6)
+
+
+def test_the_thresholds_tried_miss_no_score_and_no_column():
+    rank = np.arange(2**13).reshape(1, 64, 128)
+    assert measures.dice_threshold(rank, rank >= 4001, [0]) == (4001, 1.0)
+    maps = np.zeros((1, 2048, 2050), np.int8)  # just above 4 million
+    maps[0, 7, 33] = 5
+    assert measures.dice_threshold(maps, maps == 5, [0]) == (5, 1.0)

@@ -460,3 +460,13 @@ def test_the_same_generator_gives_the_same_views_on_a_gpu(monkeypatch):
         assert (v - w.cpu()).abs().max() < 1e-3
     weak.weak(x.to(DEVICE), torch.Generator(DEVICE).manual_seed(0))
     medmix.medmix(x.to(DEVICE), n, torch.Generator(DEVICE).manual_seed(0))
+
+
+def test_lesions_have_three_pixels_a_side_and_one_between_them():
+    ((_, box),) = medmix.lesions(torch.ones(200, dtype=torch.long), 16, generator(), 0.005, 0.005)
+    assert box[:, 2:].min() == 3  # 1.3 pixels of area as drawn
+    ranks = medmix.lesions(torch.full((4000,), 2), 64, generator(), 0.005, 0.02)
+    (_, one), (_, two) = ranks  # so small that one of the places is always free
+    start = one[:, :2].maximum(two[:, :2])
+    end = (one[:, :2] + one[:, 2:]).minimum(two[:, :2] + two[:, 2:])
+    assert (start - end).amax(1).min() == 1

@@ -151,3 +151,23 @@ def test_user_mistakes_are_named():
         ms_ssim(x, y, weights=SCALES)
     with pytest.raises(ValueError, match="hold 0 scales"):
         ssim_maps(x, y, 1, 17, 1.0)
+
+
+def test_an_odd_side_is_halved_with_a_zero_row_and_column_before_it():
+    """As in the code that IGD uses: 23 px give 12."""
+    x, y = (t[0, 0] for t in pair((1, 1, 23, 23)))
+    want, a, b = 1.0, x.double().numpy(), y.double().numpy()
+    for last, weight in ((False, 0.4), (True, 0.6)):
+        luminance, structure = ssim_of(a, b, 5, 1.0)
+        want *= (luminance * structure if last else structure).mean() ** weight
+        a, b = (halved(np.pad(t, ((1, 0), (1, 0)))) if len(t) % 2 else halved(t) for t in (a, b))
+    got = ms_ssim(x[None, None], y[None, None], weights=(0.4, 0.6), window=5)
+    assert float(got) == pytest.approx(want, abs=1e-6)
+    assert len(a) == 6 and len(scale_weights(21, 11)) == 2 and len(scale_weights(20, 11)) == 1
+
+
+def test_autocast_around_a_call_costs_no_digits():
+    x, y = pair((2, 3, 32, 32))
+    want = ms_ssim(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ms_ssim(x, y), want)

@@ -175,3 +175,25 @@ def test_the_same_generator_gives_the_same_images_on_a_gpu(name):
         ).max() < 0.05
     elif name != "medmix":
         assert (y - z.cpu()).abs().max() < 1e-4
+
+
+def test_lesions_and_noise_have_the_sizes_of_the_deviations_unless_told(monkeypatch):
+    seen, lesions = [], strong.lesions
+
+    def told(n, side, draws, low, high):
+        seen.append((low, high))
+        return lesions(n, side, draws, low, high)
+
+    monkeypatch.setattr(strong, "lesions", told)
+    monkeypatch.setattr("medmix.lesions", told)
+    for augment in (strong.STRONG["medmix"], strong.cutout, strong.cutmix):
+        augment(images(2, 16), torch.tensor([0, 1]), generator())
+    assert seen == [(0.005, 0.08)] * 3
+    x = torch.full((1, 3, 64, 64), 0.5)
+    noisy, _ = strong.gaussian_noise(x, torch.tensor([1]), generator())
+    assert noisy[0, 0].std() == pytest.approx(0.1, rel=SIGMAS / math.sqrt(2 * 4096))
+
+
+def test_corners_of_a_turned_image_are_mirrored():
+    y, _ = strong.rotation(torch.ones(1, 3, 16, 16), torch.tensor([1]), generator(), classes=8)
+    assert y.min() > 0.999

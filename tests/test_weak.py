@@ -317,3 +317,21 @@ def test_blur_against_a_loop(side):
     budget = U32 * 2 * (4 * 8 + 2 + 2 * reach + 1)
     left_out = 2 * math.erfc(8.5 / 2 / math.sqrt(2)) if reach > 8 else 0  # in each of two passes
     assert_within(weak.blur(x, sigma), blur_loop(x.double(), sigma), budget + 2 * left_out)
+
+
+def test_the_smallest_crop_is_the_presets_unless_given(monkeypatch):
+    areas, crop_boxes = [], weak.crop_boxes
+
+    def boxes(b, side, draws, area):
+        areas.append(area)
+        return crop_boxes(b, side, draws, area)
+
+    monkeypatch.setattr(weak, "crop_boxes", boxes)
+    for options in ({}, {"preset": "ccd"}, {"min_area": 0.5}, {"preset": "ccd", "min_area": 0.3}):
+        weak.weak(images(1, 16), generator(), **options)
+    assert areas == [0.08, 0.2, 0.5, 0.3]
+
+
+def test_a_crop_that_never_fits_is_the_whole_image():
+    box = weak.crop_boxes(50, 64, generator(), 1.0)  # of the image's area, but never square
+    assert torch.equal(box, torch.tensor([0.0, 0, 64, 64], dtype=box.dtype).expand(50, 4))

@@ -180,3 +180,65 @@ def test_f_beta_scores_one_minus_the_probability_of_no_lesion(aug_head, tmp_path
     assert torch.equal(loaded.score(images)[1], scores)
     in_parts = torch.cat([loaded.score(images[k : k + 4])[1] for k in (0, 4, 8)])
     torch.testing.assert_close(in_parts, scores, rtol=0, atol=1e-6)
+
+
+def test_fake_lesions_are_scored_on_images_that_were_not_fitted(monkeypatch):
+    seen = []
+
+    class Recorder:
+        def __init__(self, backbone, *, seed):
+            self.device, self.score = torch.device("cpu"), self.fit
+            seen.append([seed])
+
+        def fit(self, images):
+            x = torch.as_tensor(images).float()
+            ids = x[:, 0, 0, 0] * (255 if x.max() <= 1 else 1)
+            seen[-1].append(ids.round().int().tolist())
+            return self if len(seen[-1]) == 2 else (torch.rand(len(x), 32, 32), torch.rand(len(x)))
+
+    def unchanged(x, n, draws, *, classes):
+        seen[-1].append(draws.initial_seed())
+        return x, torch.arange(32 * 32).view(1, 1, 32, 32).repeat(len(x), 1, 1, 1) < 9
+
+    monkeypatch.setattr(worth, "PaDiM", Recorder)
+    monkeypatch.setattr(worth, "medmix", unchanged)
+    images = np.arange(10, 30, dtype=np.uint8)[:, None, None, None].repeat(3, 1)
+    images = images.repeat(32, 2).repeat(32, 3)
+    for seed in (0, 1):
+        worth.fake_lesions(None, images, seed=seed)
+    for (seed, fitted, _, held, again), wanted in zip(seen, (0, 1), strict=True):
+        assert seed == wanted and held == again and len(held) == 10
+        assert sorted(fitted + held) == list(range(10, 30))  # each on one side, in order
+    assert seen[0][1] != seen[1][1] and seen[0][2] != seen[1][2]  # both draws follow the seed
+    monkeypatch.setattr(worth, "FAKES", 3)
+    monkeypatch.setattr(worth, "FITTED", 5)
+    worth.fake_lesions(None, images, seed=0)
+    assert len(seen[-1][3]) == 3 and len(seen[-1][1]) == 5
+
+
+def test_near_duplicates_correlate_above_the_limit_after_the_mean_training_image():
+    g = np.random.default_rng(3)
+    outline = g.integers(0, 2, (3, 16, 16)) * 150  # what all images share; thumbnails of themselves
+    train = (outline + g.integers(0, 60, (20, 3, 16, 16))).astype(np.uint8)
+    noise = g.normal(size=(12, 3, 16, 16)) * np.linspace(0.5, 9, 12)[:, None, None, None]
+    test = np.clip(train[:12] + noise, 0, 255).round().astype(np.uint8)
+    marked = train + 30 * g.integers(0, 2, (3, 16, 16)).astype(np.uint8)  # and no training image
+    mean = train.reshape(20, -1).mean(axis=0)
+
+    def correlated(test):
+        pairs = zip(test, train, strict=False)
+        return [np.corrcoef(b.ravel() - mean, a.ravel() - mean)[0, 1] for b, a in pairs]
+
+    r = correlated(test)
+    assert min(r) < 0.9 and sum(0.97 < v < 0.995 for v in r) > 1 and max(correlated(marked)) < 0.9
+    assert worth.near_duplicates(train, test) == [(i, i) for i in range(12) if r[i] > 0.995]
+    assert worth.near_duplicates(train, marked) == []
+
+
+def test_the_interval_is_of_the_images_that_are_measured():
+    g = np.random.default_rng(2)
+    labels, scores, test = np.arange(40) % 2 == 1, g.normal(size=40), np.arange(40) % 4 > 1
+    rows = {"padim": {"image_auroc": 0.5}}
+    worth.add_worth(rows, {"padim": scores}, labels, test, ["x"] * 40, 5)
+    [draws] = worth.bootstrapped_aurocs([scores[test]], labels[test], 5)
+    assert rows["padim"]["image_auroc_interval"] == worth.interval(draws)
