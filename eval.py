@@ -308,7 +308,7 @@ def evaluate_run(
     """Evaluate a run again, on its own data set (root None) or on another one.
 
     Results of another one go into RUN/eval-NAME, those of the paper's protocol into
-    RUN/eval-paper-protocol. Rows of detectors that the run did not save (untrained) are kept.
+    RUN/eval-paper-protocol. Rows of unsaved detectors (untrained), of the same data, are kept.
     returns: the folder of the results.
     """
     config, old, detectors = load_run(folder, device)
@@ -322,13 +322,13 @@ def evaluate_run(
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
-    to = folder if root == own else folder_of_other(folder, root)
-    if root == own and paper_protocol > bool(config.get("paper_protocol")):
-        to = folder / "eval-paper-protocol"
+    place = folder if root == own else folder_of_other(folder, root)
+    another = root == own and paper_protocol > bool(config.get("paper_protocol"))
+    to = place / "eval-paper-protocol" if another else place
     old = old if to == folder else read_results(to)
     train = tuple(healthy.split(dataset.train, float(config.get("healthy_share", 0)))[0])
     dataset, images, masks, known = data.decode_test(
-        dataclasses.replace(dataset, train=train), size, (folder if root == own else to) / "cache",
+        dataclasses.replace(dataset, train=train), size, place / "cache",
         skip_bad=skip_bad, window=window_of_set([s.path for s in dataset.test], "", config),
     )  # fmt: skip
     kept = {}

@@ -231,12 +231,15 @@ def _check_method(config: Config) -> None:
         raise _bad(config, "init", "imagenet or a FILE for --method imagenet")
 
 
+def option(name: str) -> str:
+    """The option of a field of Config."""
+    return "--" + name.replace("_", "-")
+
+
 def _bad(config: Config, name: str, wanted: str) -> ValueError:
-    option = "--" + name.replace("_", "-")
     got = repr(getattr(config, name))
-    return ValueError(
-        f"{option} must be {wanted}, got {got if len(got) < 80 else got[:77] + '...'}"
-    )
+    shown = got if len(got) < 80 else got[:77] + "..."
+    return ValueError(f"{option(name)} must be {wanted}, got {shown}")
 
 
 def positive_scale(config: Config) -> str | float:
@@ -283,7 +286,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         if field.name in titles:
             group = parser.add_argument_group(titles[field.name])
         _add_option(group, field)
-    printed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in AS_PRINTED.items())
+    printed = " ".join(f"{option(name)} {value}" for name, value in AS_PRINTED.items())
     parser.add_argument("--as-printed", action="store_true", help=f"as the paper has it: {printed}")
     parser.add_argument(
         "--dry-run", action="store_true", default=None, help="print the plan, write nothing"
@@ -304,9 +307,9 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
 
 def _add_option(group: Any, field: dataclasses.Field) -> None:
     """One option with its choices, its default and the presets' values in its help."""
-    option, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    flag, text = option(field.name), field.metadata["help"]
     if isinstance(field.default, bool):
-        group.add_argument(option, action="store_true", default=None, help=text)
+        group.add_argument(flag, action="store_true", default=None, help=text)
         return
     values = {"default": field.default}
     values |= {name: preset[field.name] for name, preset in PRESETS.items() if field.name in preset}
@@ -314,7 +317,7 @@ def _add_option(group: Any, field: dataclasses.Field) -> None:
         text += " (" + "; ".join(f"{name}: {value}" for name, value in values.items()) + ")"
     words = [choice for choice in field.metadata["choices"] if choice]
     metavar = "{" + ",".join(words) + "}" if words else None
-    group.add_argument(option, type=type(field.default), metavar=metavar, help=text)
+    group.add_argument(flag, type=type(field.default), metavar=metavar, help=text)
 
 
 def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:

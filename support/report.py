@@ -21,7 +21,7 @@ from support import charts
 from support.cards import Gallery, cards_html, img, jpeg, measured_images
 from support.healthy import described
 from support.layouts import Dataset
-from support.options import Config, make_config
+from support.options import Config, make_config, option
 from support.page import SCORES, Section, glossary, page, recounted, slider, table
 from support.run import read_json, read_rows, write_file
 from support.tables import displayed, measured
@@ -340,6 +340,6 @@ def command(config: Mapping[str, Any]) -> str:
         default = {"data": "", "preset": "paper" if known.get("data") else "quick"}
         default |= {"method": Config.method, "device": value}
         if value != default.get(name, usual[name]):
-            words.append("--" + name.replace("_", "-"))
+            words.append(option(name))
             words += [] if value is True else [str(value)]
     return shlex.join(words)

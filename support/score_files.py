@@ -70,8 +70,7 @@ def judge(name: str, detector: Any, results: Mapping[str, Any]) -> Judge:
         notify(
             f"{name}: no healthy images were kept out of its training (fewer than 20 of them, "
             "--healthy-share 0, or an older version): no percentiles"
-            + ", no verdict"
-            * ("threshold" not in row)
+            f"{'' if 'threshold' in row else ', no verdict'}"
         )
     threshold = row.get("threshold", healthy and healthy.threshold)
     return Judge(threshold, healthy, row.get("map_scale") or (healthy and healthy.scale))

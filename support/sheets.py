@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from support.figures import dot_chart, png
+from support.options import option
 from support.rows import MASKED, OF_ONE_SET, ROWS, Row, reference
 from support.run import encoded, write_file
 from support.tables import PRINTED, markdown_table
@@ -176,5 +177,5 @@ def write(
 
 
 def _text_of(options: Mapping[str, Any]) -> str:
-    values = {k.replace("_", "-"): "" if v is True else f" {v}" for k, v in options.items()}
-    return " ".join(f"--{k}{v}" for k, v in values.items()) or "defaults"
+    words = (option(k) if v is True else f"{option(k)} {v}" for k, v in options.items())
+    return " ".join(words) or "defaults"

@@ -277,10 +277,8 @@ def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
     """Another run's encoder, with heads that nothing has trained.   raises: ValueError, OSError."""
     file, encoder = folder / name, Encoder()
     if not file.is_file():
-        of_patches = "; train it with --detector both, or add --local no" * name.startswith(
-            "encoder_local"
-        )
-        raise ValueError(f"--encoder {folder}: there is no {name} here{of_patches}")
+        remedy = "; train it with --detector both, or add --local no" if "local" in name else ""
+        raise ValueError(f"--encoder {folder}: there is no {name} here{remedy}")
     try:
         encoder.backbone.load_state_dict(weights := read_saved(file, "encoder", "cpu"))
     except (RuntimeError, TypeError, AttributeError):

@@ -68,7 +68,7 @@ def test_the_defaults_are_those_that_the_deviations_state():
         assert {key: getattr(kind, key) for key in want[name]} == want[name], name
 
 
-# ---- steps
+# --- the loop ------------------------------------------------------------------------------------
 
 
 def recorded(n, **options):
@@ -108,7 +108,7 @@ def test_the_rate_falls_in_half_a_cosine_and_the_gradient_is_clipped():
     torch.testing.assert_close(weight.detach(), -0.5 * torch.tensor([3.0, 0.0, 4.0]))
 
 
-# ---- dae, msssim
+# --- DAE, MS-SSIM --------------------------------------------------------------------------------
 
 
 def test_what_is_hidden_from_the_encoder_is_not_hidden_from_the_loss():
@@ -128,7 +128,7 @@ def test_msssim_maps_are_eq_11_pixel_by_pixel():
     torch.testing.assert_close(scores, detector.error(x, x_tilde))
 
 
-# ---- fanogan
+# --- f-AnoGAN ------------------------------------------------------------------------------------
 
 
 def test_the_terms_of_fanogan_are_those_of_its_losses():
@@ -155,7 +155,7 @@ def test_the_terms_of_fanogan_are_those_of_its_losses():
     torch.testing.assert_close(shown, (gen(encoder(real)) + 1) / 2)
 
 
-# ---- ocgan, adgan
+# --- OCGAN, ADGAN --------------------------------------------------------------------------------
 
 
 def likely(logits):
@@ -206,7 +206,7 @@ def test_the_terms_of_adgan_are_those_of_its_losses():
     assert got == pytest.approx(want, rel=1e-4)
 
 
-# ---- panda
+# --- PANDA ---------------------------------------------------------------------------------------
 
 
 def test_panda_scores_by_the_last_layer_and_maps_by_layers_two_and_three():
@@ -254,7 +254,7 @@ def test_panda_keeps_random_positions_of_every_image(monkeypatch):
     assert at.max() >= 8 and len(set(map(tuple, at.sort(1).values.tolist()))) > 1
 
 
-# ---- cutpaste
+# --- CutPaste ------------------------------------------------------------------------------------
 
 
 def test_patches_are_a_quarter_of_the_side_and_32_at_least():

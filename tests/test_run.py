@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT, TINY
 from PIL import Image
@@ -39,6 +41,33 @@ def command(*args: str) -> tuple[int | str | None, str]:
         except SystemExit as ended:  # argparse
             return ended.code, screen.getvalue()
     return status, screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, True),
+        ({"epochs": 499}, False),
+        ({"encoder": "RUN"}, False),
+        ({"method": "none"}, False),
+    ],
+)
+def test_many_epochs_on_a_cpu_are_announced_before_the_training(
+    settings, told, tmp_path, monkeypatch, capsys
+):
+    class Begun(Exception):
+        pass
+
+    def begin(*_):
+        raise Begun
+
+    images = SimpleNamespace(pixels=None)
+    for name, value in (("prepare", images), ("plan", ""), ("warn_of_near_duplicates", None)):
+        monkeypatch.setattr(job, name, lambda *_, value=value: value)
+    monkeypatch.setattr(job, "pretrained", begin)
+    with pytest.raises(Begun):
+        job.main_job(options.Config(**{"device": "cpu", "epochs": 500, **settings}), tmp_path)
+    assert ("--preset quick" in capsys.readouterr().err) == told
 
 
 def test_a_run_folder_holds_what_the_design_says(finished):

@@ -154,7 +154,7 @@ def test_user_mistakes_are_named():
 
 
 def test_an_odd_side_is_halved_with_a_zero_row_and_column_before_it():
-    """As in the code that IGD uses: 23 px give 12."""
+    """23 px give 12."""
     x, y = (t[0, 0] for t in pair((1, 1, 23, 23)))
     want, a, b = 1.0, x.double().numpy(), y.double().numpy()
     for last, weight in ((False, 0.4), (True, 0.6)):
