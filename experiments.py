@@ -75,7 +75,6 @@ def dataset_name(config: Config) -> str:
 
 def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
     """Whether a saved config.json has these settings; one that it lacks had its default."""
-    saved = {"healthy_share": 0.0, **saved}  # of before it was an option
     return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in deciding(config))
 
 

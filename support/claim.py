@@ -1,8 +1,8 @@
 """A run's folder belongs to one process; signals that end a run at the end of a step.
 
 A folder is made exclusively, and held by run.lock: the system's lock on that file, which goes with
-the process whatever ends it, and the file's text, which says who holds it: for other hosts, whose
-locks do not reach here, and for systems without such locks.
+the process whatever ends it, and the file's text, which says who holds it. Where the system has no
+such locks (Windows, some network disks), and for other hosts, the text alone counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from support.run import from_first_process, make_folder, patient, ranks
 
 try:
     import fcntl
-except ImportError:  # Windows: the text of the lock has to do
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
@@ -46,37 +46,7 @@ OURS = (
 
 
 def _self() -> dict[str, Any]:
-    """This process, so that no other can be taken for it: ids are used again."""
-    return {"pid": os.getpid(), "host": platform.node(), "boot": _boot(), "began": _began("self")}
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _began(pid: int | str) -> str:
-    """When a process began, in the kernel's ticks; "" where /proc does not say."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return ""
-    return stat.rpartition(b")")[2].split()[19].decode()
-
-
-def _lives(number: int) -> bool:
-    """Whether this host has such a process; True where asking would end it, on Windows."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+    return {"pid": os.getpid(), "host": platform.node()}
 
 
 def holder(path: Path) -> dict[str, Any]:
@@ -86,21 +56,6 @@ def holder(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def may_live(owner: dict[str, Any]) -> bool:
-    """Whether the process that wrote a lock may still run; of another host nobody here can tell."""
-    if not isinstance(owner.get("pid"), int) or owner["pid"] < 1:
-        return False
-    here = _self()
-    if owner.get("host") != here["host"]:
-        return True
-    if owner.get("boot") and here["boot"] and owner["boot"] != here["boot"]:
-        return False
-    if not _lives(owner["pid"]):
-        return False
-    began = _began(owner["pid"])
-    return not (began and owner.get("began") and began != owner["began"])
 
 
 class Claim:
@@ -141,13 +96,10 @@ class Claim:
         while True:
             file = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
             locked, owner = _system_lock(file), holder(self.lock)
-            if locked is None:  # the text has to do
-                refused = may_live(owner)
-            else:  # a lock does not reach other hosts
-                refused = not locked or (bool(owner) and owner.get("host") != platform.node())
-            if refused:
+            stale = locked and owner.get("host") == platform.node()  # it was killed
+            if locked is False or (owner and not stale):
                 os.close(file)
-                raise ValueError(self._refusal(owner))
+                raise ValueError(self._refusal(owner, locked is False))
             try:
                 same = os.path.samestat(os.fstat(file), os.stat(self.lock))
             except FileNotFoundError:
@@ -158,11 +110,11 @@ class Claim:
                 return file
             os.close(file)
 
-    def _refusal(self, owner: dict[str, Any]) -> str:
+    def _refusal(self, owner: dict[str, Any], runs: bool) -> str:
         who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "another process"
-        if owner and owner.get("host") != platform.node():
-            return f"{self.folder} belongs to {who}; if that has ended, delete {self.lock}"
-        return f"{self.folder} belongs to {who}, which is running; wait for it, or name another"
+        if runs:
+            return f"{self.folder} belongs to {who}, which is running; wait for it, or name another"
+        return f"{self.folder} belongs to {who}; if that has ended, delete {self.lock}"
 
     def clear(self) -> None:
         """Remove what this process has put into the folder, and the folder if it made it."""

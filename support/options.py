@@ -332,8 +332,6 @@ def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
     begun = folder.is_dir() and not is_empty(folder)
     if resume and options.get("out", resume) != resume:
         raise ValueError(f"--resume {resume} resumes in that folder: leave out --out")
-    if saved:
-        saved.setdefault("healthy_share", 0.0)  # of an older version: everything trained
     if resume is not None and saved:
         options = _continued(options, saved, folder)
     elif resume and (begun or not options.get("data")):

@@ -877,19 +877,9 @@ def test_a_live_run_is_refused_and_nothing_of_it_is_touched(tmp_path, capsys):
     assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
-HOST = {"host": "elsewhere"}
-STALE = [
-    {"pid": 2**22 + 5}, {"boot": "another"}, {"began": "1"}, {"pid": "x"}, {"pid": -1},
-    {"pid": None}, {"pid": 2**70},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("changes", STALE)
-@pytest.mark.parametrize("system", [True, False])
-def test_a_stale_lock_is_taken_over(changes, system, tmp_path, monkeypatch):
-    if not system:  # without the system's locks the text has to do
-        monkeypatch.setattr(claim, "_system_lock", lambda file: None)
-    (tmp_path / claim.LOCK).write_text(json.dumps(claim._self() | changes))
+@pytest.mark.parametrize("pid", [2**22 + 5, os.getpid(), "x", None])
+def test_the_lock_of_a_process_that_was_killed_is_taken_over(pid, tmp_path):
+    (tmp_path / claim.LOCK).write_text(json.dumps(claim._self() | {"pid": pid}))
     held = claim.Claim(tmp_path)
     assert claim.holder(tmp_path / claim.LOCK) == claim._self()
     held.release()
@@ -897,27 +887,32 @@ def test_a_stale_lock_is_taken_over(changes, system, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00" * 9, "null"])
-def test_a_lock_that_is_cut_short_is_nobodys(text, tmp_path):
+@pytest.mark.parametrize("system", [True, False])
+def test_a_lock_that_is_cut_short_is_nobodys(text, system, tmp_path, monkeypatch):
+    if not system:
+        monkeypatch.setattr(claim, "_system_lock", lambda file: None)
     (tmp_path / claim.LOCK).write_text(text)
     claim.Claim(tmp_path).release()
 
 
 @pytest.mark.parametrize("system", [True, False])
 def test_a_lock_of_another_host_or_of_this_process_stands(system, tmp_path, monkeypatch):
-    (tmp_path / claim.LOCK).write_text(json.dumps(claim._self() | HOST))
+    (tmp_path / claim.LOCK).write_text(json.dumps(claim._self() | {"host": "elsewhere"}))
     if not system:
         monkeypatch.setattr(claim, "_system_lock", lambda file: None)
     with pytest.raises(ValueError, match="on elsewhere; if that has ended, delete .*run.lock"):
         claim.Claim(tmp_path)
     (tmp_path / claim.LOCK).unlink()
     held = claim.Claim(tmp_path)
-    with pytest.raises(ValueError, match=f"process {os.getpid()} on .*, which is running"):
+    why = "which is running" if system else "if that has ended, delete"
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on .*{why}"):
         claim.Claim(tmp_path)
     if system:
         (tmp_path / claim.LOCK).write_text("")  # its holder has not written yet
         with pytest.raises(ValueError, match="belongs to another process, which is running"):
             claim.Claim(tmp_path)
     held.release()
+    assert not any(tmp_path.iterdir())
 
 
 def test_cleaning_up_leaves_what_this_process_did_not_make(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 from baselines.dae import DAE
-from support import healthy, job, options, phantom
+from support import healthy, job, phantom
 
 TINY = "--epochs 1 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
 
@@ -72,7 +72,7 @@ def test_damaged_scores_in_a_detectors_file_are_named(state, tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (4, 3, 32, 32), np.uint8)
     DAE("cpu", image_size=32, width=2, epochs=1).fit(images).save(tmp_path / "d.pt")
     whole = torch.load(tmp_path / "d.pt", weights_only=True)
-    assert evaluation.load(tmp_path / "d.pt").healthy is None  # of an older version
+    assert evaluation.load(tmp_path / "d.pt").healthy is None
     torch.save(whole | {"healthy": state}, tmp_path / "d.pt")
     with pytest.raises(ValueError, match="d.pt: .*(damaged|not finite)"):
         evaluation.load(tmp_path / "d.pt")
@@ -107,13 +107,6 @@ def test_what_is_kept_out_is_stored_with_each_detector(runs, capsys):
     assert np.allclose(got, own, rtol=1e-4)  # they trained nothing: the scores that are stored
     verdicts = [item["detectors"]["padim"]["verdict"] for item in scored]
     assert verdicts.count("abnormal") == 1
-
-
-def test_a_run_of_before_goes_on_with_every_image(runs, tmp_path):
-    config = json.loads((runs / "all/config.json").read_text())
-    assert config.pop("healthy_share") == 0
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert options.resolve({}, str(tmp_path))[0].healthy_share == 0
 
 
 def test_the_summary_measures_the_test_images_alone():
