@@ -307,23 +307,24 @@ def evaluate_run(
 ) -> Path:
     """Evaluate a run again, on its own data set (root None) or on another one.
 
-    Results of another one go into RUN/eval-NAME, those of the paper's protocol into
-    RUN/eval-paper-protocol. Rows of unsaved detectors (untrained), of the same data, are kept.
+    Results of another one go into RUN/eval-NAME, those of the paper's protocol, if the run's are
+    not, into RUN/eval-paper-protocol. Rows of unsaved detectors (untrained) are kept.
     returns: the folder of the results.
     """
     config, old, detectors = load_run(folder, device)
     own = real(config.get("data") or folder / "phantom")
-    if root is None and not own.exists():
-        raise ValueError(f"{own}: the images of {folder} are not there; --data names their place")
     root = real(root or own)
+    if root == own and not own.exists():
+        raise ValueError(f"{own}: the images of {folder} are not there; --data names their place")
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
+    another = root == own and paper_protocol > bool(config.get("paper_protocol"))
     skip_bad |= bool(config.get("skip_bad"))
+    paper_protocol |= bool(config.get("paper_protocol"))
     dataset = layouts.discover(root, seed=seed, training=root == own)
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
-    dataset.check_test()  # before anything is written
+    dataset.check_test()
     place = folder if root == own else folder_of_other(folder, root)
-    another = root == own and paper_protocol > bool(config.get("paper_protocol"))
     to = place / "eval-paper-protocol" if another else place
     old = old if to == folder else read_results(to)
     train = tuple(healthy.split(dataset.train, float(config.get("healthy_share", 0)))[0])
@@ -331,17 +332,20 @@ def evaluate_run(
         dataclasses.replace(dataset, train=train), size, place / "cache",
         skip_bad=skip_bad, window=window_of_set([s.path for s in dataset.test], "", config),
     )  # fmt: skip
-    kept = {}
-    for name, entry in old.items():
-        if name in measured(old) and entry.get("data") != origin(dataset, seed, paper_protocol):
-            notify(f"left out: the row {name}, of other data or another protocol")
-        elif name not in detectors:
-            kept[name] = entry
+    kept = _comparable(old, origin(dataset, seed, paper_protocol))
     evaluate(
-        to, dataset, detectors, images, masks, known,
-        seed=seed, paper_protocol=paper_protocol, batch=batch, extra=kept, home=folder,
+        to, dataset, detectors, images, masks, known, seed=seed, paper_protocol=paper_protocol,
+        batch=batch, extra={k: v for k, v in kept.items() if k not in detectors}, home=folder,
     )  # fmt: skip
     return to
+
+
+def _comparable(results: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of results.json without rows of other data or another protocol, which are named."""
+    other = [name for name, row in measured(results).items() if row.get("data") != source]
+    for name in other:
+        notify(f"left out: the row {name}, of other data or another protocol")
+    return {name: entry for name, entry in results.items() if name not in other}
 
 
 # --- The command line -----------------------------------------------------------------------------

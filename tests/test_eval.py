@@ -325,6 +325,10 @@ def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):
     assert "untrained" in json.loads((run / "results.json").read_text())  # the run's stay
     stored = json.loads((run / "eval-paper-protocol" / "results.json").read_text())
     assert "untrained" not in stored and stored["igd"]["images"]["test_normal"] == 6
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"paper_protocol": True}))
+    assert evaluation.main([str(run)]) == 0  # the run's own protocol, also without the flag
+    assert json.loads((run / "results.json").read_text())["igd"]["images"]["test_normal"] == 6
 
 
 def test_evaluate_without_masks_skips_the_pixel_measures(run, tmp_path):
