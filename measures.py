@@ -19,6 +19,7 @@ Array = NDArray[Any]
 Values = Any  # an array, a tensor of any device, or a list
 FPR_LIMIT = 0.3  # where the Pro-score's integral ends                    [P!§4.3 R10]
 LEVELS = 2**14  # thresholds tried for the best mean Dice                 [P!§4.3 R9]
+SORTED = 2**26  # pixels that are sorted at a time
 
 
 def _array(values: Any) -> Array:
@@ -132,8 +133,7 @@ def components(masks: Values) -> tuple[Array, int]:
     returns: (P,) the region 0..K-1 of every true pixel in the order of masks.nonzero(), and K;
              regions are numbered over the whole stack in the order of their first pixel.
     """
-    masks = _array(masks)
-    n, h, w = masks.shape
+    n, h, w = (masks := _array(masks)).shape
     padded = np.zeros((n * h, w + 2), np.int8)
     padded[:, 1:-1] = masks.reshape(n * h, w)
     edge = np.diff(padded, axis=1)
@@ -187,7 +187,7 @@ def pixel_measures(
     maps, masks, index = _array(maps), _array(masks), _array(index)
     if maps.shape != masks.shape:
         raise ValueError(f"maps of shape {maps.shape} for masks of shape {masks.shape}")
-    size = max(1, 2**26 // max(1, maps[0].size))  # 64 M pixels are sorted at a time
+    size = max(1, SORTED // max(1, maps[0].size))
     blocks = [index[k : k + size] for k in range(0, len(index), size)]
     scores, weights, lesions = [], [], 0
     for block in blocks:

@@ -268,6 +268,14 @@ def test_aupro_is_bergmanns_curve(case, limit):
     assert measures.aupro(maps, masks, limit) == pytest.approx(want, abs=budget)
 
 
+def test_pixel_measures_are_the_same_in_blocks_of_two_images_and_a_last_one(monkeypatch):
+    g = np.random.default_rng(0)
+    maps, masks = g.normal(size=(5, 8, 8)), g.random((5, 8, 8)) < 0.2
+    whole = measures.pixel_measures(maps, masks, np.arange(5))
+    monkeypatch.setattr(measures, "SORTED", 2 * 64)
+    assert measures.pixel_measures(maps, masks, np.arange(5)) == pytest.approx(whole, abs=8 * U64)
+
+
 @given(heat_maps())
 def test_pixel_auroc_is_the_auroc_of_all_pixels(case):
     maps, masks = case
