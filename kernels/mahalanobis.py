@@ -32,7 +32,7 @@ def _torch_distance(x: Tensor, mean: Tensor, rows: list[Tensor]) -> Tensor:
     for first in range(0, P, step):
         p = slice(first, first + step)
         delta = (x[:, p].to(dtype) - mean[p].to(dtype)).transpose(0, 1)  # (p, B, D)
-        y = [delta[..., : w.shape[2]] @ w[p].to(dtype).mT for w in rows]
+        y = [delta[..., : w.shape[1]] @ w[p].to(dtype) for w in rows]
         out[:, p] = torch.cat(y, 2).norm(dim=2).T
     return out
 
@@ -112,7 +112,8 @@ def mahalanobis(
     whitening:  (P, D, D) W_p, lower triangular (the upper half must be zero; the Triton path
                 never reads it). It may be stored as bfloat16, half the memory: each element is
                 then off by up to 2^-9 of itself, and the distance by 2^-9 |(|W| |x - mu|)|.
-    rows:       W's block rows (P, i, j), columns 0 to j; the torch path reads them instead of W.
+    rows:       W's block rows transposed, (P, j, i), without zeros below; the torch path reads
+                them instead of W.
     backend:    "auto" (by the device), "torch" or "triton" (D <= 1024).
     allow_tf32: Triton path: round x - mu and W to 10 bits for the products. False: float32.
     returns:    (B, P) float32 (float64 for a float64 x), all >= 0.
@@ -132,7 +133,7 @@ def mahalanobis(
         raise ValueError("mahalanobis has no gradient: use torch.no_grad() or mahalanobis_ref")
     if choose_backend(backend, x.device) == "torch":
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return _torch_distance(x, mean, rows or [whitening])
+            return _torch_distance(x, mean, rows or [whitening.mT])
     if x.shape[2] > MAX_D or torch.float64 in (x.dtype, mean.dtype, whitening.dtype):
         raise ValueError(
             f"the Triton path takes 16- and 32-bit floats and D <= {MAX_D}, got {x.dtype} and "
