@@ -39,7 +39,7 @@ from support.job import main_job
 from support.options import Config, make_config, parse
 from support.paper_figures import PICTURES, draw, draw_views
 from support.progress import complain, duration, notify, quietly, show
-from support.rows import MASKED, ROWS, Row, read_sweep, reference, rows_of, with_more
+from support.rows import MASKED, OF_SET, ROWS, Row, read_sweep, reference, rows_of, with_more
 from support.run import (
     Parser,
     given_path,
@@ -202,7 +202,8 @@ def pictures(args: argparse.Namespace, common: dict[str, Any]) -> Iterator[Path]
     """
     wanted = [number for number in dict.fromkeys(args.figure) if number in PICTURES]
     names = {PICTURES[number] for number in wanted} - {""}
-    common = {"detector": ",".join(sorted(names, reverse=True)) or "padim"} | common | {"seed": 0}
+    usual = {"detector": ",".join(sorted(names, reverse=True)) or "padim", "healthy_share": 0.0}
+    common = usual | common | {"seed": 0}
     for number in wanted:
         if args.run is None and number == 2:
             config = make_config(common)
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         if tables and not args.show:
             make_folder(args.out)
-        for file in pictures(args, common):
+        for file in pictures(args, OF_SET.get(of_paper, {}) | common):
             show(f"{file}\n")
         for name, rows in tables.items():
             into = None if args.show else args.out

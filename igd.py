@@ -278,7 +278,7 @@ class Training:
         self.places = len(data), *(() if whole else self.pixels.shape[2:4])  # image, row, column
         self.count = math.prod(self.places)
         self.images = max(2 * self.world, min(igd.batch_size if whole else igd.patches, self.count))
-        self.images -= self.images % (2 * self.world) if group else 0  # of a step
+        self.images -= self.images % (2 * self.world)  # of a step
         # Row i is mixed with row -1 - i of a step (`interpolate`): a process has both of each pair.
         i, pairs = np.arange(self.images), -(-self.images // (2 * self.world))
         self.rows = i[np.minimum(i, i[::-1]) // pairs == self.rank]

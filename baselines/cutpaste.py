@@ -49,9 +49,8 @@ def paste(
     mask = (turned.abs() < sides[:, None, None] / 2).all(dim=-1)
     at = (turned + source[:, None, None]).floor().long().clamp(0, size - 1)
     index = (at[..., 0] * size + at[..., 1]).flatten(1)[:, None].expand(-1, 3, -1)
-    moved = x.flatten(2).gather(2, index).view_as(x)
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(dim=1)
-    moved = moved * brightness
+    moved = x.flatten(2).gather(2, index).view_as(x) * brightness
     inside = mask[:, None].float()
     mean = (moved * inside).sum(dim=(1, 2, 3), keepdim=True) / (3 * inside.sum((2, 3), True) + 1e-6)
     moved = mean + contrast * (moved - mean)
@@ -182,15 +181,16 @@ class CutPaste(Detector):
     @torch.no_grad()
     def estimate(self, images: np.ndarray) -> None:
         """The Gaussian of all images, and the one of at most KEPT patches of any place."""
-        draws = torch.Generator().manual_seed(self.seed)
         each, whole, local = -(-KEPT // len(images)), [], []
+        draws = torch.Generator().manual_seed(self.seed)
         for x in self.batches(images):
             whole.append(self.features("image", x))
             patches = self.patches(x)
             chosen = torch.randperm(len(patches), generator=draws)[: each * len(x)]
             local.append(self.features("patch", patches[chosen.to(x.device)]))
-        for name, features in (("image", whole), ("patch", local)):
-            self.fitted[f"{name} mu"], self.fitted[f"{name} w"] = gaussian(torch.cat(features))
+        of_patches = torch.cat(local)[torch.randperm(sum(map(len, local)), generator=draws)[:KEPT]]
+        for name, features in (("image", torch.cat(whole)), ("patch", of_patches)):
+            self.fitted[f"{name} mu"], self.fitted[f"{name} w"] = gaussian(features)
 
     def distance(self, name: str, x: Tensor) -> Tensor:
         """sqrt((f - mu)^T Sigma^-1 (f - mu)), which falls with log p(f): (B,).   [C:GDE]"""

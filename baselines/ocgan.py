@@ -6,6 +6,7 @@ Representations", CVPR 2019: `[O:...]`. Sizes: B images, S pixels a side, Z late
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -50,6 +51,17 @@ def mine(s: Tensor, classify: Callable[[Tensor], Tensor], steps: int, length: fl
         (uphill,) = torch.autograd.grad(F.softplus(-classify(s)).sum(), s)
         s = (s + length * uphill.sign()).clamp(-1, 1)
     return s.detach()
+
+
+@contextlib.contextmanager
+def unrecorded(network: nn.Module) -> Iterator[None]:
+    """Batch norm uses the batch, and leaves its running averages, used for scoring, as they are."""
+    norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
 
 
 @dataclass(eq=False)
@@ -106,19 +118,20 @@ class OCGAN(Detector):
         s = 2 * torch.rand(len(x), self.latent, generator=draws).to(x.device) - 1
         n = self.noise * torch.randn(x.shape, generator=draws).to(x.device)
         with autocast(x.device), frozen(of_latent, of_image, classifier):
-            with frozen(decoder):
-                mined = mine(
-                    s, lambda s: classifier(decoder(s))[:, 0], self.mining_steps, self.mining_length
-                )
             z = encoder(x + n)
-            x_tilde, drawn = decoder(z), decoder(mined)
+            x_tilde = decoder(z)
+            with unrecorded(decoder):  # what follows decodes no image's latent
+                with frozen(decoder):
+                    length, classify = self.mining_length, lambda s: classifier(decoder(s))[:, 0]
+                    mined = mine(s, classify, self.mining_steps, length)
+                drawn = decoder(mined)
+                with torch.no_grad():
+                    negative = decoder(s)
             terms = {
                 "rec": self.weight * (x - x_tilde.float()).square().mean(),
                 "latent": real(of_latent(z)),
                 "visual": real(of_image(drawn)),
             }
-        with autocast(x.device), torch.no_grad():
-            negative = decoder(s)
         with autocast(x.device):
             terms["latent_discriminator"] = real(of_latent(s)) + fake(of_latent(z.detach()))
             terms["visual_discriminator"] = real(of_image(x)) + fake(of_image(drawn.detach()))

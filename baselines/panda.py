@@ -145,7 +145,8 @@ class PANDA(Detector):
             chosen = torch.rand(flat.shape[:2], generator=draws).argsort(dim=1)[:, :each]
             index = chosen[..., None].expand(-1, -1, flat.shape[2]).to(flat.device)
             positions.append(flat.gather(1, index).flatten(0, 1))
-        self.fitted = {"bank": torch.cat(bank), "positions": torch.cat(positions)}
+        kept = torch.randperm(sum(map(len, positions)), generator=draws)[:KEPT]
+        self.fitted = {"bank": torch.cat(bank), "positions": torch.cat(positions)[kept]}
 
     def score_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """d of the pooled features, and of each position, upsampled bilinearly.   [P!§4.4.1 R23]"""

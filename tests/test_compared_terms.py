@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -189,6 +190,22 @@ def test_the_terms_of_ocgan_are_those_of_its_losses():
     assert got == pytest.approx(want, rel=1e-4)
 
 
+def test_the_averages_that_score_are_those_of_reconstructions():
+    """Of the eight passes through OCGAN's decoder one is of what its encoder gives."""
+    detector, x, seen = small("ocgan"), torch.from_numpy(images(4)) / 255, []
+    encoder, decoder, *_ = detector.networks.train().children()
+    norm = next(part for part in decoder.modules() if isinstance(part, nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda _, v: seen.append(v[0].detach()))
+    detector.terms(x, generator(), 0)
+    assert len(seen) == 8 and norm.num_batches_tracked == 1
+    torch.testing.assert_close(norm.running_mean, 0.1 * seen[0].mean(dim=(0, 2, 3)))
+    draws = generator()
+    torch.rand(4, 288, generator=draws)
+    decoder(encoder(x + 0.2 * torch.randn(x.shape, generator=draws)))
+    torch.testing.assert_close(seen[8], seen[0])
+    assert norm.num_batches_tracked == 2
+
+
 def test_the_terms_of_adgan_are_those_of_its_losses():
     detector, x = small("adgan"), torch.from_numpy(images(4)) / 255
     got = {k: v.item() for k, v in detector.terms(x, generator(), 0).items()}
@@ -248,10 +265,14 @@ def test_panda_keeps_random_positions_of_every_image(monkeypatch):
     detector = small("panda").fit(images(4))
     with torch.no_grad():
         local = detector.features(torch.from_numpy(images(4)) / 255)[1].flatten(2).mT  # (4, 16, D)
-    kept = detector.fitted["positions"].view(4, 3, -1)
-    at = torch.cdist(kept, local).argmin(dim=2)  # (4, 3)
-    torch.testing.assert_close(kept, local.gather(1, at[..., None].expand(-1, -1, 32)))
-    assert at.max() >= 8 and len(set(map(tuple, at.sort(1).values.tolist()))) > 1
+    kept = detector.fitted["positions"]  # (12, D), 3 of each image in random order
+    nearest = torch.cdist(kept, local.flatten(0, 1)).argmin(dim=1)
+    image, at = nearest // 16, nearest % 16
+    torch.testing.assert_close(kept, local[image, at])
+    assert image.bincount().tolist() == [3] * 4
+    assert at.max() >= 8 and len({tuple(sorted(at[image == i].tolist())) for i in range(4)}) > 1
+    monkeypatch.setattr(panda, "KEPT", 10)  # 3 of each would be 12
+    assert len(small("panda").fit(images(4)).fitted["positions"]) == 10
 
 
 # --- CutPaste ------------------------------------------------------------------------------------
@@ -279,6 +300,10 @@ def test_the_gaussian_of_patches_is_of_the_patch_networks_features(monkeypatch):
     std = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
     mean = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
     assert not torch.allclose(seen[0] * std + mean, parts[:12])  # of any place
+    monkeypatch.setattr(cutpaste, "KEPT", 10)  # 2 of each of 6 images would be 12
+    with mock.patch.object(cutpaste, "gaussian", side_effect=cutpaste.gaussian) as gaussian:
+        detector.estimate(x)
+    assert [len(call.args[0]) for call in gaussian.call_args_list] == [6, 10]
 
 
 def test_cutpaste_trains_one_network_on_images_and_the_other_on_patches():

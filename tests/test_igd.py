@@ -418,6 +418,13 @@ def test_fit_trains_each_model_and_takes_its_steps_from_track():
     assert taken == [2, 2] and same(detector, by_hand)
 
 
+@pytest.mark.parametrize(("count", "batch", "want"), [(9, 5, 4), (3, 16, 2), (2, 2, 2), (8, 4, 4)])
+def test_no_image_of_a_step_is_mixed_with_itself(count, batch, want):
+    """The batch and its reverse: of an odd one the middle image would be its own partner."""
+    training = next(small(False, batch_size=batch).trainings(images(count)))
+    assert training.images == want and training.steps == count // want
+
+
 def test_a_small_sigma_does_not_saturate_the_gaussian():
     """Without a least sigma^2 the collapsing z would leave h at 1, and its gradient at 0."""
     z = 1e-3 * torch.randn(4, Z, generator=generator())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from conftest import generator
 from PIL import Image
 
 import experiments
-from support import figures, paper_figures, phantom
+import pmsacl
+from support import figures, job, paper_figures, phantom
 from support.options import make_config
 
 OPTIONS = (
@@ -82,6 +85,34 @@ def test_a_finished_run_is_drawn_from_its_folder(drawn, tmp_path, capsys):
         name = f"figure{k}-{run.name}.png"
         assert (shown(tmp_path / name) == shown(out / name)).all()
     assert before == {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+
+
+def test_figure_1_shows_images_that_the_run_has_held_back(tmp_path):
+    phantom.draw(tmp_path / "colon", train=24, good=2, abnormal=2, size=32)
+    seen, begin = [], pmsacl.Pretraining.begin
+
+    def noted(training):
+        seen.append((training.pixels[np.sort(training.watched)], training.total))
+        begin(training)
+
+    options = ["--image-size", "32", "--batch-size", "4", "--epochs", "1", "--init", "random"]
+    command = ["--data", str(tmp_path / "colon"), "--out", str(tmp_path / "run"), *options]
+    with mock.patch.object(pmsacl.Pretraining, "begin", noted):
+        assert job.main(command) == 0  # which holds out ten of the images for percentiles
+    training = paper_figures.trained(paper_figures.Run.of(tmp_path / "run"))
+    [(watched, total)] = seen
+    assert len(training.pixels) == 14 and training.total == total
+    assert (training.pixels[np.sort(training.watched)] == watched).all()
+
+
+def test_pictures_are_of_a_run_that_holds_no_image_out_as_tables_are(drawn):
+    config = json.loads((drawn[1] / "config.json").read_text())
+    assert config["healthy_share"] == 0
+    args = argparse.Namespace(figure=[3], run=None, out=drawn[0], keep=False)
+    with mock.patch.object(experiments, "finished", side_effect=ValueError) as wanted:
+        with pytest.raises(ValueError):
+            next(experiments.pictures(args, {"image_size": 64}))
+    assert (wanted.call_args[0][0].image_size, wanted.call_args[0][0].healthy_share) == (64, 0)
 
 
 @pytest.mark.parametrize(
