@@ -247,7 +247,7 @@ class Pretraining:
         )
 
     def centres(self) -> Tensor:
-        """c (A, Z) of eq. 2, or Table 10's random or equidistant unit vectors.   [P!(2) R5 R20]"""
+        """c (A, Z) of eq. 2, or Table 10's others.   [P!(2) R5 R20] [P!§4.7.5 R31]"""
         if self.config.centres in ("random", "equidistant"):
             width = self.encoder.f_gamma.in_features
             c = torch.randn(width, self.config.classes, generator=self.draws(8))

@@ -54,7 +54,7 @@ class MSSSIM(Detector):
         yield Training(self, self.kind, images, terms, {"all": adam}, epochs=self.epochs)
 
     def score_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 11 pixel by pixel, and of the image."""
+        """The residual map of its scales, and eq. 11 of the image."""
         x_tilde = self.reconstruct(x)
         maps = residual_map(x, x_tilde, **setting(x.shape[-1]), rho=self.rho)
         return maps, self.error(x, x_tilde)

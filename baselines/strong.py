@@ -47,9 +47,9 @@ def turn(x: Tensor, quarters: float) -> Tensor:
 def permutation(
     x: Tensor, n: Tensor, generator: Generator, *, classes: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The 2 x 2 tiles of the image in the n-th order of TILES, as CSI and CCD do.  [P:§4.7.2]
+    """The image's 2 x 2 tiles in the n-th order of TILES, as in CSI and CCD.  [P!§4.7.2 R32]
 
-    Every class moves every tile; an odd side leaves its last row and column as they are. A <= 8.
+    Each class but 0 moves every tile; an odd side keeps its last row and column. A <= 8.
     """
     out, n = start(x, n, generator, classes)
     a = int(n.max()) + 1 if classes is None else classes

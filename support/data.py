@@ -169,7 +169,7 @@ def read_both(
 
 
 def read_mask(path: str | Path, size: int, *, image: str | Path | None = None) -> np.ndarray:
-    """Read a lesion mask: binarised at half of its range, then resized by nearest neighbour.
+    """Read a lesion mask: cut at half of its range, resized by nearest neighbour.   [P!§4.1 R30]
 
     The range is 1, 255 or 65535, the smallest that holds the largest value, so that masks of
     {0, 1} and {0, 255} both work; of a coloured mask the brightest channel is taken.
