@@ -22,7 +22,7 @@ from baselines.lesion_classifier import LesionClassifier
 from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
-from support import cards, data, figures, healthy, layouts, report
+from support import cards, checks, data, figures, healthy, layouts, report
 from support.claim import held, signals
 from support.compared import COMPARED
 from support.depth import window_of_set
@@ -31,7 +31,7 @@ from support.readers import build_detector, folder_of_other, read_config, read_r
 from support.run import Parser, given_path, pick_device, read_saved, read_text, real
 from support.score_files import score_files
 from support.scoring import BATCH_SIZE, score_set
-from support.tables import displayed, measured, origin, write_results, write_scores
+from support.tables import comparable, displayed, origin, write_results, write_scores
 from support.worth import add_worth
 
 Array = NDArray[Any]
@@ -313,9 +313,9 @@ def evaluate_run(
     """
     config, old, detectors = load_run(folder, device)
     own = real(config.get("data") or folder / "phantom")
-    root = real(root or own)
-    if root == own and not own.exists():
+    if root is None and not own.exists():
         raise ValueError(f"{own}: the images of {folder} are not there; --data names their place")
+    root = real(root or own)
     seed, size = int(config.get("seed", 0)), int(config["image_size"])
     another = root == own and paper_protocol > bool(config.get("paper_protocol"))
     skip_bad |= bool(config.get("skip_bad"))
@@ -324,28 +324,22 @@ def evaluate_run(
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()
+    notes = [] if root == own else checks.of_other(folder, dataset)
     place = folder if root == own else folder_of_other(folder, root)
     to = place / "eval-paper-protocol" if another else place
-    old = old if to == folder else read_results(to)
+    old = old if to == folder else {"init": old.get("init", "unknown"), **read_results(to)}
     train = tuple(healthy.split(dataset.train, float(config.get("healthy_share", 0)))[0])
     dataset, images, masks, known = data.decode_test(
         dataclasses.replace(dataset, train=train), size, place / "cache",
         skip_bad=skip_bad, window=window_of_set([s.path for s in dataset.test], "", config),
     )  # fmt: skip
-    kept = _comparable(old, origin(dataset, seed, paper_protocol))
+    kept = comparable(old, origin(dataset, seed, paper_protocol))
+    kept |= {"data_notes": notes} if notes else {}
     evaluate(
         to, dataset, detectors, images, masks, known, seed=seed, paper_protocol=paper_protocol,
         batch=batch, extra={k: v for k, v in kept.items() if k not in detectors}, home=folder,
     )  # fmt: skip
     return to
-
-
-def _comparable(results: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of results.json without rows of other data or another protocol, which are named."""
-    other = [name for name, row in measured(results).items() if row.get("data") != source]
-    for name in other:
-        notify(f"left out: the row {name}, of other data or another protocol")
-    return {name: entry for name, entry in results.items() if name not in other}
 
 
 # --- The command line -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ that the screen and results.md show.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 
 from support.compared import chosen
-from support.layouts import EXTENSIONS, MASKS, Dataset, Sample, how_to_convert, visible, walk
+from support.folders import EXTENSIONS, how_to_convert, visible, walk
+from support.layouts import MASKS, Dataset, Sample, discover
 from support.progress import notify, progress, size_of
-from support.run import real
+from support.run import read_json, real
 
 SHOWN = 5  # names in a complaint
 
@@ -40,7 +42,17 @@ def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
     """
     masks = sum(sample.mask is not None for sample in dataset.test)
     check_disk(config, folder, (len(dataset.train), len(dataset.test), masks))
-    notes = check_content(dataset, allow=config.allow_duplicates) + check_unused(dataset)
+    elsewhere = trained_on(Path(config.encoder)) if config.encoder else ()
+    notes = check_content(dataset, elsewhere, allow=config.allow_duplicates)
+    notes += check_unused(dataset)
+    for note in notes:
+        notify(note)
+    return notes
+
+
+def of_other(run: Path, dataset: Dataset) -> list[str]:
+    """Notes on a data set that a run was not trained on, which the screen shows, too."""
+    notes = check_content(dataclasses.replace(dataset, train=()), trained_on(run), allow=True)
     for note in notes:
         notify(note)
     return notes
@@ -66,29 +78,40 @@ def check_threads(saved: Mapping[str, Any]) -> None:
 # --- content -------------------------------------------------------------------------------------
 
 
-def check_content(dataset: Dataset, *, allow: bool) -> list[str]:
+def trained_on(run: Path) -> tuple[Path, ...]:
+    """The healthy images of another run's data set, if it still is where that run had it."""
+    saved = read_json(run / "config.json")
+    try:
+        return discover(saved["data"], seed=saved["seed"]).train if saved.get("data") else ()
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def check_content(dataset: Dataset, elsewhere: Sequence[Path] = (), *, allow: bool) -> list[str]:
     """Look for the same image in places that exclude one another, by content and not by name.
 
     Only files of equal size are read.
 
-    allow:   --allow-duplicates: what is found becomes notes.
-    returns: notes.
-    raises:  ValueError naming test images that also train, images that are both normal and
-             abnormal, and files that are listed twice.
+    elsewhere: images that trained another run, whose encoder or detector is used.
+    allow:     --allow-duplicates: what is found becomes notes.
+    returns:   notes.
+    raises:    ValueError naming test images that also train, images that are both normal and
+               abnormal, and files that are listed twice.
     """
     places = [(path, "train") for path in dataset.train]
     places += [(s.path, "abnormal" if s.label else "normal") for s in dataset.test]
+    places += [(path, "elsewhere") for path in elsewhere]
     twice: list[str] = []
     copies: list[str] = []
     both: dict[str, list[str]] = {"test images that also train": [], "images with both labels": []}
     for same in _same_content(places):
         sets, real = {place for _, place in same}, {os.path.realpath(path) for path, _ in same}
         text = " = ".join(str(path) for path, _ in same[:3])
-        if "train" in sets and len(sets) > 1:
+        if sets & {"train", "elsewhere"} and sets & {"normal", "abnormal"}:
             both["test images that also train"].append(text)
         if {"normal", "abnormal"} <= sets:
             both["images with both labels"].append(text)
-        elif len(sets) == 1:
+        elif len(sets) == 1 and "elsewhere" not in sets:
             (twice if len(real) < len(same) else copies).append(text)
     found = [f"{what} ({len(texts)}): {named(texts)}" for what, texts in both.items() if texts]
     if twice:

@@ -19,7 +19,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.cache import Files, cached
-from support.layouts import Dataset, Sample, other_kind
+from support.folders import other_kind
+from support.layouts import Dataset, Sample
 from support.progress import notify
 from support.run import open_regular
 

@@ -6,19 +6,17 @@ No image is opened here: decoding and checking them is in data.py.
 from __future__ import annotations
 
 import json
-import os
-import time
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from support.progress import notify
+from support.folders import EXTENSIONS, how_to_convert, visible, walk
 
-EXTENSIONS = set(".png .jpg .jpeg .jpe .jfif .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
 NORMAL = {"good", "normal", "normal_test", "healthy"}
 NORMAL_NAMES = f"normal images lie in a folder called {', '.join(sorted(NORMAL))}"
 MASKS = {"ground_truth", "anomaly_mask", "mask", "masks", "label", "annotation", "annotations"}
@@ -30,14 +28,6 @@ LOOKED_FOR = (
     "cecum/, ileum/, bbps-2-3/ and segmented images/ and masks/ (HyperKvasir as shipped); "
     "or images directly in the folder"
 )
-MOST_FOLDERS = 20_000  # of a data set; more are somebody's whole disk
-CONVERT = {  # what is no picture yet -> how to make one
-    "DICOM": ({".dcm", ".dicom", ".ima"}, "pydicom's pixel_array, or dcm2img of DCMTK"),
-    "NIfTI": ({".nii"}, "nibabel's get_fdata, slice by slice"),
-    "volume": ({".mha", ".mhd", ".nrrd"}, "SimpleITK's GetArrayFromImage, slice by slice"),
-    "NumPy": ({".npy", ".npz"}, "PIL.Image.fromarray(...).save"),
-    "HEIC": ({".heic", ".heif"}, "any photo program"),
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,8 @@ class Dataset:
             raise ValueError(
                 f"{self.root}: the test split holds {normal} normal and {abnormal} abnormal "
                 "images; the measures need both classes, two images of each or more. Found "
-                f"{kinds[:200]}; {NORMAL_NAMES}, all others abnormal ones"
+                f"{kinds[:200]}; {NORMAL_NAMES}, all others abnormal ones. To do without measures: "
+                "--data with the healthy images' folder, then eval.py RUN --score"
             )
 
 
@@ -109,7 +100,8 @@ def discover(root: str | Path, *, seed: int = 0, training: bool = True) -> Datas
     training: training images are needed; else ROOT may hold test/ alone, or the folders of test/.
     seed:    of the draw of 1,600 / 500 / 1,000 images from HyperKvasir; unused elsewhere.
     returns: Dataset; its test images may be missing or of one class (see Dataset.check_test).
-    raises:  ValueError if no layout fits, no training image is found, or a mask has no image.
+    raises:  ValueError if no layout fits, no training image is found, a mask has no image, or masks
+             lie among the images.
     """
     root = Path(root)
     if not root.is_dir():
@@ -123,74 +115,13 @@ def discover(root: str | Path, *, seed: int = 0, training: bool = True) -> Datas
         inside = ", ".join(f"{name}/" for name in sorted(_folders(root))[:8])
         found = f"found {inside} but no data set" if inside else "found no images"
         raise ValueError(f"{root}: {found}. {how_to_convert(root)}Looked for {LOOKED_FOR}")
+    _refuse_masks_among(dataset.images)
     if training and not dataset.train:
         raise ValueError(
             f"{root}: recognised as {dataset.layout}, but it has no training images. "
             f"{how_to_convert(root)}In train/, {NORMAL_NAMES}"
         )
     return dataset
-
-
-def how_to_convert(root: Path) -> str:
-    """A sentence for the files below a folder that hold images of a kind that is not read."""
-    sentences = []
-    endings = [name for _, _, files in walk(root) for name in files if visible(name)]
-    for kind, (of_kind, how) in CONVERT.items():
-        count = sum(_ending(name) in of_kind for name in endings)
-        if count:
-            sentences.append(
-                f"{count} {kind} files are not read: write PNG files first, by {how}. "
-            )
-    return "".join(sentences)
-
-
-def other_kind(path: Path) -> str:
-    """What to say of a file that pillow does not know, if its ending says what it is."""
-    for kind, (of_kind, how) in CONVERT.items():
-        if _ending(path.name) in of_kind:
-            return f" but {kind}: write a PNG file first, by {how}"
-    return ""
-
-
-def _ending(name: str) -> str:
-    """ ".nii" of a.nii.gz, too."""
-    return Path(name.lower().removesuffix(".gz")).suffix
-
-
-def walk(
-    root: Path, failed: Callable[[OSError], None] | None = None, *, most: int = MOST_FOLDERS
-) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """os.walk in order of names through links, into each real folder once, and never up again.
-
-    failed: receives the error of each folder that cannot be read.
-    raises: ValueError if there are more than `most` folders.
-    """
-    above = [parent.stat() for parent in Path(root).resolve().parents]
-    seen = {(place.st_dev, place.st_ino) for place in above}
-    entered = 0
-    began, notified = time.monotonic(), False
-    for parent, folders, files in os.walk(root, onerror=failed, followlinks=True):
-        try:
-            place = os.stat(parent)
-        except OSError:
-            folders.clear()
-            continue
-        if (place.st_dev, place.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((place.st_dev, place.st_ino))
-        entered += 1
-        if entered > most:
-            raise ValueError(f"{root}: more than {most:,} folders; name the data set's own folder")
-        if not notified and time.monotonic() - began > 2:
-            notify(f"looking through the folders below {root}")
-            notified = True
-        folders.sort()
-        yield Path(parent), folders, files
-
-
-def visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
 
 
 def _folders(folder: Path) -> dict[str, Path]:
@@ -242,8 +173,20 @@ def _refuse_orphans(masks: Iterable[Path], used: set[Path]) -> None:
     if orphans:
         more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
         raise ValueError(
-            f"masks without an image of the same name: {', '.join(orphans[:5])}{more}; "
-            "rename them, or add the images to the test folder"
+            f"masks without an image of the same name: {', '.join(orphans[:5])}{more}; name each "
+            "like its image, or NAME_mask, or add the images to the test folder"
+        )
+
+
+def _refuse_masks_among(images: Iterable[Path]) -> None:
+    """raises: ValueError if NAME_mask or NAME_mask_1 lies beside an image NAME: it would be one."""
+    there = {(path.parent, stem(path).lower()): path for path in images}
+    names = ((key, re.fullmatch(r"(.+)_mask(_\d+)?", key[1])) for key in there)
+    masks = [there[key] for key, name in names if name and (key[0], name[1]) in there]
+    if masks:
+        raise ValueError(
+            f"{len(masks)} files look like masks of the images beside them, such as {masks[0]}: "
+            "move them to ground_truth/<folder of the image>/, and those of healthy images away"
         )
 
 

@@ -26,8 +26,8 @@ from support import data, figures
 from support.cache import ahead, attempt, complaint
 from support.claim import OURS
 from support.depth import window_of_set
+from support.folders import EXTENSIONS, walk
 from support.healthy import Healthy
-from support.layouts import EXTENSIONS, walk
 from support.new_images import REPORT, NewImages, write_score_report
 from support.progress import notify, ours_alone, progress, show
 from support.run import encoded, make_folder, one_word, real, write_file

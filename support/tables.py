@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from support.healthy import described
 from support.layouts import Dataset, Sample
+from support.progress import notify
 from support.run import encoded, write_file
 
 Printed = tuple[str, tuple[str, ...], dict[str, tuple[float | None, ...]]]
@@ -98,6 +99,14 @@ def origin(dataset: Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
     """What a row was measured on: rows are comparable if this is the same."""
     source = {"layout": dataset.layout, "root": str(dataset.root)}
     return source | {"seed": seed, "paper_protocol": paper_protocol}
+
+
+def comparable(results: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of results.json without rows of another origin, which are named."""
+    other = [name for name, row in measured(results).items() if row.get("data") != source]
+    for name in other:
+        notify(f"left out: the row {name}, of other data or another protocol")
+    return {name: entry for name, entry in results.items() if name not in other}
 
 
 def results_table(results: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ from support import (
     data,
     datasets,
     depth,
+    folders,
     job,
     layouts,
     options,
@@ -542,9 +543,9 @@ def test_links_that_go_round_count_once(tmp_path):
 def test_a_whole_disk_is_no_data_set(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}/{i}").mkdir(parents=True)
-    assert len(list(layouts.walk(tmp_path, most=25))) == 25
+    assert len(list(folders.walk(tmp_path, most=25))) == 25
     with pytest.raises(ValueError, match="more than 24 folders; name the data set"):
-        list(layouts.walk(tmp_path, most=24))
+        list(folders.walk(tmp_path, most=24))
 
 
 def test_what_is_not_used_is_said(tmp_path, monkeypatch):
