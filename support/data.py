@@ -89,16 +89,23 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 
 
+def is_deep_file(path: Path) -> bool:
+    """The same of a file; False for one that cannot be read, which is reported when decoded."""
+    try:
+        with open_regular(path) as file, Image.open(file) as image:
+            return is_deep(image)
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+
+
 def extremes(path: Path) -> tuple[float, float, bool] | None:
     """The least and largest value of an image of more than 8 bits, and whether they are floats.
 
-    returns: None for an image of 8 bits, or one that cannot be read: that is reported when it is
-             decoded; (-inf, inf) if a value is infinite or NaN.
+    returns: None for one that cannot be read; (-inf, inf) if a value is infinite or NaN.
     """
     try:
-        with open_regular(path) as file, Image.open(file) as image:
-            if not is_deep(image):
-                return None
         loaded = _load(path)
     except MemoryError:
         raise

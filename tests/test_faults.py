@@ -473,6 +473,26 @@ def test_one_bright_pixel_changes_no_other(tmp_path, capsys):
     assert depth.window_of_set([paths[2]], "") is None
 
 
+def test_images_of_both_depths_or_of_another_depth_than_the_runs_are_said(tmp_path, capsys):
+    Image.fromarray(np.full((40, 40), 200, np.uint16)).save(tmp_path / "deep.png")
+    deep, flat = tmp_path / "deep.png", picture(tmp_path / "flat.png")
+    for paths, saved, said in (
+        ([deep, flat], None, "warning: 1 of 2 images have more than 8 bits, such as .*deep.png"),
+        (
+            [flat],
+            {"values_shown": [0, 4095]},
+            "the run knows images of more, and these have 8 bits",
+        ),
+        ([deep], {"values_shown": None}, "the run knows images of 8 bits, and these have more"),
+    ):
+        depth.window_of_set(paths, "", saved)
+        got = capsys.readouterr().err
+        assert re.search(said, got) and ("--window" in got) == (saved is None), got
+    for paths, saved in (([deep], None), ([flat], {"values_shown": None}), ([flat], {})):
+        depth.window_of_set(paths, "", saved)
+        assert "warning" not in capsys.readouterr().err
+
+
 BROKEN_LISTS = [
     "", "[]", "null", "3", '"x"', "{}", '{"train": []}', '{"train": {"0": "a.png"}}',
     '{"train": {"0": [1]}}', '{"train": {"0": [null]}, "test": {}}',
@@ -834,6 +854,25 @@ def test_the_same_image_in_two_sets_is_refused(source, target, said, link, tmp_p
         checks.check_content(layouts.discover(root), allow=False)
     assert Path(source).name in line_of(caught.value) and Path(target).name in str(caught.value)
     assert said in checks.check_content(layouts.discover(root), allow=True)[0]
+
+
+def test_images_that_trained_another_runs_encoder_are_found(tmp_path, capsys):
+    """By --encoder, and by eval.py on another data set, whose own training images do not matter."""
+    root, run = mvtec(tmp_path / "data"), tmp_path / "run"
+    found = layouts.discover(root)
+    elsewhere = mvtec(tmp_path / "other") / "train/good"
+    assert checks.check_content(found, [*elsewhere.iterdir()], allow=False) == []  # copies train
+    shutil.copy(root / "test/good/1.png", elsewhere / "leak.png")
+    with pytest.raises(
+        ValueError, match=r"test images that also train \(1\): .*1.png = .*leak.png"
+    ):
+        checks.check_content(found, [*elsewhere.iterdir()], allow=False)
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(good_config() | {"data": str(elsewhere)}))
+    assert checks.trained_on(run) == tuple(sorted(elsewhere.iterdir()))
+    assert "also train (1)" in checks.of_other(run, found)[0] in capsys.readouterr().err
+    shutil.rmtree(elsewhere)
+    assert checks.trained_on(run) == () and checks.of_other(run, found) == []
 
 
 def test_a_file_listed_twice_is_refused_and_a_copy_in_its_class_said(tmp_path):

@@ -253,6 +253,18 @@ def test_one_mask_for_two_images(tmp_path):
         layouts.discover(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x_mask.png", "x_Mask_1.png"])
+@pytest.mark.parametrize("folder", ["set/test/polyp", "set/train/good", "set/test/good", "flat"])
+def test_a_mask_beside_its_image_is_no_image(tmp_path, folder, name):
+    mvtec(tmp_path / "set")
+    image, root = picture(tmp_path / folder / "x.png"), tmp_path / folder.split("/")[0]
+    lesion(tmp_path / folder / name)
+    with pytest.raises(ValueError, match=f"1 files look like masks .*{name}: move them to"):
+        layouts.discover(root)
+    image.unlink()
+    layouts.discover(root)  # a name like any other
+
+
 def test_two_masks_for_one_image(tmp_path):
     mvtec(tmp_path)
     lesion(tmp_path / "ground_truth/polyp/0.png")
