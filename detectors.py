@@ -99,15 +99,16 @@ def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
         failed += bad.count_nonzero() + (~sigma.isfinite()).any()  # a GPU may factor NaN
         w[p : p + POSITIONS] = torch.linalg.solve_triangular(factor, eye, upper=False)
     if failed:  # one synchronisation with a GPU, not one for each block
-        raise ValueError(f"a covariance is not positive definite: eps={eps:g}, or NaN, or infinity")
+        raise ValueError(
+            f"a covariance has no factor (eps={eps:g}): is an image not in [0, 1], NaN?"
+        )
     return w
 
 
 def block_rows(w: Tensor) -> list[Tensor]:
     """Four block rows of W, each up to its last column that is not zero: 5/8 of the memory.
 
-    A CPU needs W's 164 MB (256 px) for every image; an image is scored in 0.9 of the time. They are
-    transposed, so that a vector meets them in the order of memory.
+    A CPU needs W's 164 MB (256 px) for every image. Transposed, they lie as a vector meets them.
 
     w: (P, D, D), lower triangular.   returns: (P, j, i) each, rows j - i to j.
     """
@@ -155,7 +156,7 @@ class PaDiM:
     x_p are channels of the encoder's layers 1-3 at position p of layer1; mu_p and Sigma_p are
     those of healthy images, position by position.
 
-    backbone: a pre-trained ResNet-18; the detector keeps a copy, on the same device.
+    backbone: a pre-trained `encoder.ResNet18`; the detector keeps a copy, on the same device.
     channels: D, drawn from the 448 of layers 1-3 by `seed`.   [P!§4.2 R19]
     eps:      ridge of Sigma_p.
     sigma:    pixels at S = 256 of the map's smoothing, scaled with S.

@@ -150,7 +150,7 @@ class Encoder(nn.Module):
     classes:   A, that f_beta tells apart.
     features:  "unit" scales z to length 1, "raw" leaves it as printed.
     aug_head:  what f_beta sees: "backbone" (512-d) or "projection" (z).   [P!(8) R17]
-    generator: of the start weights.
+    generator: of the start weights; None: a fixed seed of 0, whatever torch.manual_seed says.
     """
 
     def __init__(

@@ -85,7 +85,7 @@ def fold(patches: Tensor, size: int, stride: int) -> Tensor:
 class IGD:
     """The detector: a global auto-encoder of images, and a local one of their 32 px patches.
 
-    backbone: pre-trained ResNet-18 of whole images; copied, and fine-tuned by `fit`.
+    backbone: pre-trained `encoder.ResNet18` of whole images; copied, and fine-tuned by `fit`.
     local:    the same of 32 px patches. None: global model only, as the paper's 64 px setting.
     """
 

@@ -87,7 +87,7 @@ def contrastive_losses(
     in the backward pass: memory is linear in N.
 
     z, n, c: as in eq. 3; 16-bit z are converted to float32.
-    pair:    (N,) int64, the row of the other weak view of the same strong image.
+    pair:    (N,) int64, the row of the same strong image's other weak view; not checked here.
     tau, alpha, positive_scale: as `kappas` takes them.   [P!(7) R3]
     rows:    (start, stop), the queries; None: all N. The denominator always has all N.
     returns: (R,), float32 or float64.

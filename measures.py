@@ -1,8 +1,8 @@
 """The paper's measures: AUROC, specificity and other rates, IoU, Dice, Pro-score.   [P:§4.3]
 
 A larger score is more abnormal, and "abnormal" always means score >= threshold, for images and for
-pixels. Every measure takes arrays and tensors alike, and needs NumPy alone. Not here: which images
-set the thresholds and which are measured (eval.py).
+pixels. Every measure takes arrays and tensors alike, needs NumPy alone, and raises ValueError if a
+class is absent or a score is NaN. Not here: which images set the thresholds (eval.py).
 
 Sizes: N images, S pixels a side, P abnormal pixels, K lesions (8-connected regions), T thresholds.
 """
@@ -34,8 +34,7 @@ def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array
     negatives: blocks of scores; counts add up over blocks, so memory is that of one block.
     returns:   above (P,) and reached (P,), int64.
     """
-    above = np.zeros(len(positive), np.int64)
-    reached = np.zeros(len(positive), np.int64)
+    above, reached = np.zeros((2, len(positive)), np.int64)
     for block in negatives:
         block = np.sort(block)
         if np.isnan(block[-1:]).any() or np.isnan(positive[-1:]).any():  # NaN is sorted last
@@ -48,10 +47,8 @@ def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array
 def auroc(scores: Values, labels: Values) -> float:
     """P(s+ > s-) + 1/2 P(s+ = s-), the area under the ROC curve (ties by midrank).   [P:§4.3]
 
-    scores:  any shape, of images or of pixels.
-    labels:  same shape, true or 1 where abnormal.
+    scores, labels: of one shape, images' or pixels'; labels are true or 1 where abnormal.
     returns: the exact ratio of pairs, rounded once.
-    raises:  ValueError if a class is absent or a score is NaN.
     """
     s, y = _both_classes(scores, labels)
     positive = np.sort(s[y])
@@ -79,7 +76,6 @@ def confusion(scores: Values, labels: Values, threshold: float) -> dict[str, flo
     """Specificity, sensitivity and accuracy of "abnormal if score >= threshold".   [P:§4.3]
 
     returns: the fraction judged correctly of the normal, of the abnormal and of all cases.
-    raises:  ValueError if a class is absent or a score is NaN.
     """
     s, y = _both_classes(scores, labels)
     correct = (s >= threshold) == y
@@ -94,7 +90,6 @@ def youden_threshold(scores: Values, labels: Values) -> float:
     """argmax_t J(t) = sensitivity(t) + specificity(t) - 1.   [P!§4.3 R8]
 
     returns: one of the scores; of several with the same J the highest (fewest false alarms).
-    raises:  ValueError if a class is absent or a score is NaN.
     """
     s, y = _both_classes(scores, labels)
     t = np.unique(s)[::-1]  # (T,) from strict to lax
@@ -104,13 +99,20 @@ def youden_threshold(scores: Values, labels: Values) -> float:
     return float(t[j.argmax()])
 
 
+def _regions(pred: Values, mask: Values) -> tuple[Array, Array]:
+    """raises: ValueError unless they have one shape and the prediction is bool or 0 and 1."""
+    p, m = _array(pred), _array(mask)
+    if p.shape != m.shape or p.dtype.kind == "f":
+        raise ValueError(f"predictions {p.dtype} {p.shape} for masks of shape {m.shape}")
+    return p.astype(bool), m.astype(bool)
+
+
 def iou(pred: Values, mask: Values) -> Array:
     """|P and M| / |P or M| of each image, 1 where both are empty.   [P:§4.3]
 
-    pred, mask: (..., S, S) bool.
-    returns:    (...) float64.
+    pred, mask: (..., S, S) bool, of one shape.   returns: (...) float64.
     """
-    p, m = _array(pred).astype(bool), _array(mask).astype(bool)
+    p, m = _regions(pred, mask)
     union = (p | m).sum((-2, -1))
     return np.where(union > 0, (p & m).sum((-2, -1)) / np.maximum(union, 1), 1.0)
 
@@ -118,10 +120,9 @@ def iou(pred: Values, mask: Values) -> Array:
 def dice(pred: Values, mask: Values) -> Array:
     """2 |P and M| / (|P| + |M|) of each image, 1 where both are empty.   [P:§4.3]
 
-    pred, mask: (..., S, S) bool.
-    returns:    (...) float64.
+    pred, mask: (..., S, S) bool, of one shape.   returns: (...) float64.
     """
-    p, m = _array(pred).astype(bool), _array(mask).astype(bool)
+    p, m = _regions(pred, mask)
     total = p.sum((-2, -1)) + m.sum((-2, -1))
     return np.where(total > 0, 2 * (p & m).sum((-2, -1)) / np.maximum(total, 1), 1.0)
 
@@ -166,8 +167,7 @@ def aupro(maps: Values, masks: Values, fpr_limit: float = FPR_LIMIT) -> float:
     (so tied pixels enter together) and cut at the limit by interpolation.
     maps:      (N, S, S) scores.
     masks:     (N, S, S) bool, all false for a normal image.
-    fpr_limit: l, in (0, 1].
-    returns:   in [0, 1].
+    fpr_limit: l, in (0, 1].   returns: in [0, 1].
     raises:    ValueError if the shapes differ, a lesion or a normal pixel is missing, or for NaN.
     """
     return pixel_measures(maps, masks, np.arange(len(maps)), fpr_limit)[1]
@@ -176,7 +176,7 @@ def aupro(maps: Values, masks: Values, fpr_limit: float = FPR_LIMIT) -> float:
 def pixel_measures(
     maps: Values, masks: Values, index: Values, fpr_limit: float = FPR_LIMIT
 ) -> tuple[float, float]:
-    """Pixel AUROC and AUPRO of the images in `index`, from one sort of their normal pixels.
+    """Pixel AUROC and AUPRO of the images `index` (numbers or bool), from one sort of the normal.
 
     A lesion pixel of score s enters the PRO curve while FPR goes from a (normal pixels above s)
     to b (at or above s), as a ramp of height w = 1 / (K |C_k|); its area up to the limit l is
@@ -184,7 +184,7 @@ def pixel_measures(
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
-    maps, masks, index = _array(maps), _array(masks), _array(index)
+    maps, masks, index = _array(maps), _array(masks), np.arange(len(maps))[_array(index)]
     if maps.shape != masks.shape:
         raise ValueError(f"maps of shape {maps.shape} for masks of shape {masks.shape}")
     size = max(1, SORTED // max(1, maps[0].size))
@@ -224,7 +224,7 @@ def dice_threshold(
     more), at even ranks. Each image is sorted once, and all thresholds are searched in it.
     returns: the threshold (the highest of several) and the mean Dice there.
     """
-    maps, masks, index = _array(maps), _array(masks), _array(index)
+    maps, masks, index = _array(maps), _array(masks), np.arange(len(maps))[_array(index)]
     size = maps[0].size
     step = (len(index) * size >> 22) | 1  # 4 M scores suffice to rank by; odd, to meet all columns
     pooled = np.unique(np.concatenate([np.ravel(maps[i])[i % step :: step] for i in index]))

@@ -49,7 +49,7 @@ def medmix(
     p:            probability of each of the four alterations.
     at_least_one: if none of the four fires, one is drawn: an unaltered patch is not a lesion.
     returns:      x' (N, 3, S, S) and mask (N, 1, S, S), where a lesion may have changed x.
-    raises:       ValueError for shapes or ranges other than these.
+    raises:       ValueError for other shapes or numbers of lesions; pixels are not checked.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")

@@ -167,8 +167,8 @@ class Pretraining:
         self.batch = every // self.world  # of this process
         if self.batch < 2:
             raise ValueError(
-                f"{n} training images for {self.world} process(es): a batch needs two or more, and "
-                f"{held} are held back"
+                f"{n} healthy images are too few: {held} are held back to watch the training, and "
+                f"a batch needs 2 for each of {self.world} process(es)"
             )
         self.images = self.batch * self.world  # of one step
         self.steps = len(self.trained) // self.images  # an epoch; no partial batch

@@ -112,8 +112,7 @@ def mahalanobis(
     whitening:  (P, D, D) W_p, lower triangular (the upper half must be zero; the Triton path
                 never reads it). It may be stored as bfloat16, half the memory: each element is
                 then off by up to 2^-9 of itself, and the distance by 2^-9 |(|W| |x - mu|)|.
-    rows:       W's block rows transposed, (P, j, i), without zeros below; the torch path reads
-                them instead of W.
+    rows:       W's block rows transposed, (P, j, i); the torch path reads them instead of W.
     backend:    "auto" (by the device), "torch" or "triton" (D <= 1024).
     allow_tf32: Triton path: round x - mu and W to 10 bits for the products. False: float32.
     returns:    (B, P) float32 (float64 for a float64 x), all >= 0.

@@ -50,6 +50,19 @@ def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
     return notes
 
 
+def digest(dataset: Dataset) -> str:
+    """Of the images' names below the data set's folder, and of their sizes."""
+    names = [(os.path.relpath(path, dataset.root), _size(path)) for path in dataset.images]
+    return hashlib.sha256(repr(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1  # said when it is decoded
+
+
 def of_other(run: Path, dataset: Dataset) -> list[str]:
     """Notes on a data set that a run was not trained on, which the screen shows, too."""
     notes = check_content(dataclasses.replace(dataset, train=()), trained_on(run), allow=True)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -87,7 +88,9 @@ def prepare(config: Config, folder: Path) -> Images:
     dataset = layouts.discover(root, seed=config.seed)
     dataset.check_test()  # before anything of a user's data is written
     notes = checks.at_the_start(config, folder, dataset)
-    saved = read_config(folder)
+    saved, digest = read_config(folder), checks.digest(dataset)
+    if saved.get("images", digest) != digest and saved["data"] != config.data:
+        raise ValueError(f"{root}: not the images of {saved['data']} that {folder} was begun with")
     left_out: list[str] = []
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
@@ -104,7 +107,7 @@ def prepare(config: Config, folder: Path) -> Images:
     checks.check_threads(saved)
     if saved.get("data") != config.data:  # a new run, or images that have moved
         content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
-        content |= {"values_shown": window}
+        content |= {"values_shown": window, "images": digest}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
     train, kept_out = decoded[:count], decoded[count:]
     pixels = data.resident(train, torch.device(config.device))
@@ -178,7 +181,8 @@ def end_without_test(
     write_report(folder, images.dataset, results)
     for name, row in results["healthy"].items():
         notify(healthy.described(name, row))
-    notify(f"no test images: score some with  python eval.py {folder} --score FILES")
+    run = shlex.quote(str(folder))
+    notify(f"no test images: score some with  python eval.py {run} --score FILES")
 
 
 def pretrained(
@@ -260,6 +264,12 @@ def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict
         f"{fakes[k]:.3f} ({fakes['untrained'][k]:.3f})" for k in ("image_auroc", "aupro")
     )
     notify(f"fake lesions (untrained): image AUROC {auroc}, AUPRO {aupro}; healthy images only")
+    if config.trains and fakes["image_auroc"] <= fakes["untrained"]["image_auroc"]:
+        steps = len(images.train) // config.batch_size * config.epochs
+        notify(
+            f"so the pre-training, of about {steps} steps, has not paid yet: try more --epochs "
+            "(docs/experiments.md took 1,000 steps)"
+        )
     return fakes
 
 
@@ -322,13 +332,19 @@ def plan(config: Config, images: Images, folder: Path) -> str:
     dataset = images.dataset
     train, normal, abnormal, masks = dataset.counts
     views = 2 * config.classes * config.batch_size
+    training = (
+        f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
+        f"batches of {config.batch_size} images ({views} views)"
+    )
+    if not config.trains:
+        training = (
+            f"no pre-training: {f'encoder of {config.encoder}' if config.encoder else 'none'}"
+        )
     return (
         f"{dataset.root}: {dataset.layout}; {train} healthy training images, "
         f"{len(images.healthy)} healthy ones kept out (--healthy-share), "
         f"{normal} normal and {abnormal} abnormal test images, {masks} masks\n"
-        f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
-        f"batches of {config.batch_size} images ({views} views) at {config.image_size} px on "
-        f"{config.device}; results go to {folder}"
+        f"{training} at {config.image_size} px on {config.device}; results go to {folder}"
     )
 
 
@@ -362,7 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("pmsacl.py", error)
     except KeyboardInterrupt:
         begun = folder and (folder / "config.json").exists()
-        go_on = f"; continue with  python pmsacl.py --resume {folder}" if begun else ""
+        run = shlex.quote(str(folder))
+        go_on = f"; continue with  python pmsacl.py --resume {run}" if begun else ""
         notify(f"\ninterrupted{go_on}")
         return 130
     return 0

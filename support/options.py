@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from support.checks import check_places
 from support.claim import is_empty
 from support.compared import NAMES, chosen
 from support.depth import parse_window
-from support.readers import read_config
+from support.readers import read_config, short
 from support.run import Parser, pick_device, real
 
 TINY = 1e-12  # above 0
@@ -237,9 +237,7 @@ def option(name: str) -> str:
 
 
 def _bad(config: Config, name: str, wanted: str) -> ValueError:
-    got = repr(getattr(config, name))
-    shown = got if len(got) < 80 else got[:77] + "..."
-    return ValueError(f"{option(name)} must be {wanted}, got {shown}")
+    return ValueError(f"{option(name)} must be {wanted}, got {short(getattr(config, name))}")
 
 
 def positive_scale(config: Config) -> str | float:
@@ -288,9 +286,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         _add_option(group, field)
     printed = " ".join(f"{option(name)} {value}" for name, value in AS_PRINTED.items())
     parser.add_argument("--as-printed", action="store_true", help=f"as the paper has it: {printed}")
-    parser.add_argument(
-        "--dry-run", action="store_true", default=None, help="print the plan, write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan alone")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="continue this run (default: --out)"
     )
@@ -302,6 +298,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         options[name] = str(real(options[name]))  # a run may be resumed from elsewhere
     if options.pop("as_printed"):
         options = AS_PRINTED | options
+    check_encoder(options)
     return options, options.pop("resume", None)
 
 
@@ -315,8 +312,8 @@ def _add_option(group: Any, field: dataclasses.Field) -> None:
     values |= {name: preset[field.name] for name, preset in PRESETS.items() if field.name in preset}
     if field.default != "":
         text += " (" + "; ".join(f"{name}: {value}" for name, value in values.items()) + ")"
-    words = [choice for choice in field.metadata["choices"] if choice]
-    metavar = "{" + ",".join(words) + "}" if words else None
+    words = ",".join(filter(None, field.metadata["choices"]))
+    metavar = "{" + words + "}" if words else None
     group.add_argument(flag, type=type(field.default), metavar=metavar, help=text)
 
 
@@ -334,8 +331,8 @@ def resolve(options: dict[str, Any], resume: str | None) -> tuple[Config, Path]:
         raise ValueError(f"--resume {resume} resumes in that folder: leave out --out")
     if resume is not None and saved:
         options = _continued(options, saved, folder)
-    elif resume and (begun or not options.get("data")):
-        raise ValueError(f"--resume {resume}: no run, it has no config.json; begin one without it")
+    elif newest and (begun or not options.get("data")):
+        raise ValueError(f"--resume {folder}: no run, it has no config.json; begin one without it")
     elif begun and resume is None:
         raise ValueError(f"--out {folder}: exists; add --resume to go on with it, or name another")
     config = make_config(options | {"out": str(folder)})
@@ -377,6 +374,16 @@ def make_config(options: dict[str, Any]) -> Config:
     if merged.get("image_size", Config.image_size) < 64 and "local" not in options:
         merged["local"] = "auto"  # a preset's "yes" is for images that hold patches
     return Config(**merged)
+
+
+def check_encoder(options: Mapping[str, Any]) -> None:
+    """raises: ValueError if options of the pre-training are given that --encoder replaces."""
+    names = list(Config.__dataclass_fields__)
+    loss = names[names.index("method") : names.index("strong")]
+    sgd = names[names.index("epochs") : names.index("healthy_share")]
+    unused = [option(k) for k in loss + sgd if options.get(k, "none") not in UNTRAINED]
+    if options.get("encoder") and unused:
+        raise ValueError(f"--encoder replaces the pre-training: leave out {', '.join(unused)}")
 
 
 def default_folder(source: str, newest: bool) -> Path:

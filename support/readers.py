@@ -47,18 +47,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not (type(value) is wanted or (wanted is float and type(value) is int)):
             kind = {"str": "text", "int": "an integer", "float": "a number"}
             what = kind.get(wanted.__name__, "true or false")
-            raise ValueError(f"{path}: {name} must be {what}, is {_short(value)}")
+            raise ValueError(f"{path}: {name} must be {what}, is {short(value)}")
     try:
         Config(**known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     window = saved.get("values_shown")
     if window is not None and not (_is_pair(window) and window[0] < window[1]):
-        raise ValueError(f"{path}: values_shown must be LOW < HIGH, is {_short(window)}")
+        raise ValueError(f"{path}: values_shown must be LOW < HIGH, is {short(window)}")
     return saved
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """For a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -136,14 +137,12 @@ def build_detector(
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path}: not a detector file")
     if not isinstance(state["kind"], str) or state["kind"] not in kinds:
-        raise ValueError(f"{path}: holds a detector of unknown kind {_short(state['kind'])}")
+        raise ValueError(f"{path}: holds a detector of unknown kind {short(state['kind'])}")
     kind = kinds[state["kind"]]
     settings = state.get("settings")
     size = settings.get("image_size") if isinstance(settings, dict) else state.get("size")
     if not (type(size) is int and 32 <= size <= MOST_PIXELS):
-        raise ValueError(
-            f"{path}: a detector for images of {_short(size)} pixels, or a damaged one"
-        )
+        raise ValueError(f"{path}: a detector for images of {short(size)} pixels, or a damaged one")
     if not all_finite(state):
         raise ValueError(f"{path}: a damaged detector: some weights are not finite")
     try:

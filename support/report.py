@@ -120,14 +120,18 @@ def _what(
     trained = f"{train} healthy images"
     if not own:
         trained = "other images: " + (config.get("data") or "phantoms that the program drew")
+    method = (
+        f"{config.get('method')}, preset {config.get('preset')}, epochs: {config.get('epochs')}"
+    )
+    if config.get("encoder"):
+        method = f"no pre-training: the encoder of {config['encoder']}"
     tested = f"{normal} normal and {abnormal} abnormal images, {masks} masks"
     facts = {
         "Images": f"{dataset.root} ({dataset.layout})",
         "Training": trained,
         "Test": tested if dataset.test else "none",
         "Notes": "; ".join(results.get("data_notes", ())),
-        "Method": f"{config.get('method')}, preset {config.get('preset')}, "
-        f"epochs: {config.get('epochs')}, images of {config.get('image_size')} px",
+        "Method": f"{method}, images of {config.get('image_size')} px",
         "Machine": f"{config.get('device')}, Python {config.get('python')}, torch "
         f"{config.get('torch')}, commit {str(config.get('commit'))[:12]}",
         "Start weights": str(results.get("init", "unknown")),

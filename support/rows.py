@@ -16,7 +16,7 @@ from typing import Any
 
 from baselines.strong import STRONG
 from support.compared import chosen
-from support.options import Config, make_config, parse
+from support.options import Config, check_encoder, make_config, parse
 from support.run import open_regular
 from support.tables import PRINTED
 
@@ -121,6 +121,7 @@ def rows_of(
         merged: dict[str, Any] = {"detector": usual, "healthy_share": 0.0}  # all of D trains
         merged |= OF_SET.get(data_set, {}) | common | parse(shlex.split(text))[0]
         try:
+            check_encoder(merged)
             configs = tuple(make_config(merged | {"seed": seed}) for seed in range(seeds))
         except ValueError as error:
             raise ValueError(f"{name}, row {row}: {error}") from None

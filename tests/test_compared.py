@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, TINY, mvtec
+from conftest import DEVICE, mvtec
 from torch import nn
 
 import eval as evaluation
@@ -319,17 +319,22 @@ def test_the_epochs_of_a_run_hold_for_both_trainings_of_fanogan(tmp_path):
 
 
 def test_a_run_takes_the_encoders_of_another(phantoms, finished, tmp_path, capsys):
-    other, common = tmp_path / "other", ["--data", str(phantoms), *TINY]
+    other = tmp_path / "other"
+    common = ["--data", str(phantoms), "--preset", "quick", "--image-size", "32"]
     assert job.main([*common, "--out", str(other), "--encoder", str(finished)]) == 0
+    said = capsys.readouterr().err
+    assert f"no pre-training: encoder of {finished}" in said and "quick" not in said
     one, two = (json.loads((f / "results.json").read_text()) for f in (finished, other))
     assert one["padim"] == two["padim"] != two["untrained"]
     assert two["init"] == f"the encoder of {finished.name}"
     assert not (other / "checkpoint.pt").exists()
-    capsys.readouterr()
+    assert f"no pre-training: the encoder of {finished}" in (other / "report.html").read_text()
     third = [*common, "--out", str(tmp_path / "third"), "--encoder", str(other)]
     third += ["--detector", "igd", "--local", "yes", "--image-size", "64"]
     assert job.main(third) == 2
     assert "there is no encoder_local.pt" in capsys.readouterr().err
+    assert job.main([*third, "--method", "simclr", "--epochs", "3", "--jitter", "0.5"]) == 2
+    assert "replaces the pre-training: leave out --method, --epochs" in capsys.readouterr().err
     (other / "encoder.pt").write_bytes(b"nothing")
     assert job.main(third) == 2
     assert "encoder.pt: no encoder, or a damaged one" in capsys.readouterr().err

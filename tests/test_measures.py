@@ -374,3 +374,18 @@ def test_the_thresholds_tried_miss_no_score_and_no_column():
     maps = np.zeros((1, 2048, 2050), np.int8)  # just above 4 million
     maps[0, 7, 33] = 5
     assert measures.dice_threshold(maps, maps == 5, [0]) == (5, 1.0)
+
+
+def test_shapes_that_would_broadcast_and_heat_maps_are_no_regions():
+    masks = np.zeros((4, 8, 8), bool)
+    for measure in (measures.iou, measures.dice):
+        for pred in (masks[:1], masks[:, None], masks.astype(np.float32)):
+            with pytest.raises(ValueError, match=r"predictions .* for masks of shape \(4, 8, 8\)"):
+                measure(pred, masks)
+
+
+def test_images_are_chosen_by_numbers_or_by_true_and_false():
+    g = np.random.default_rng(0)
+    maps, masks, chosen = g.normal(size=(5, 8, 8)), g.random((5, 8, 8)) < 0.2, np.arange(5) % 2 == 0
+    for measure in (measures.pixel_measures, measures.dice_threshold):
+        assert measure(maps, masks, chosen) == measure(maps, masks, np.flatnonzero(chosen))

@@ -356,7 +356,7 @@ def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypa
     monkeypatch.setattr(training, "views_of", watched)
     training.health()
     assert 400 <= sum(map(len, seen)) < 400 + 16 and len(seen) == 25
-    with pytest.raises(ValueError, match="3 training images"):
+    with pytest.raises(ValueError, match="3 healthy images are too few: 2 are held back"):
         pmsacl.Pretraining(np.zeros((3, 3, 32, 32), np.uint8), config)
 
 

@@ -184,17 +184,24 @@ def test_resume_finds_images_by_another_path_or_in_another_place(
     assert f"{tmp_path / 'set'}: the images of {folder} are not there" in capsys.readouterr().err
     assert evaluation.main([folder]) == 2
     assert "are not there; --data names their place" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "moved", tmp_path / "another")
+    (tmp_path / "another/train/good/0000.png").rename(tmp_path / "another/train/good/x.png")
+    assert job.main(["--data", "../another", "--resume", folder]) == 2
+    assert f"another: not the images of {tmp_path / 'set'} that {folder}" in capsys.readouterr().err
     assert job.main(["--data", "../moved", "--resume", folder]) == 0
     assert job.main(["--resume", folder]) == 0
 
 
-def test_resume_takes_no_folder_that_is_no_run(phantoms, tmp_path, capsys):
+def test_resume_takes_no_folder_that_is_no_run(phantoms, tmp_path, monkeypatch, capsys):
     shutil.copytree(phantoms / "train/good", tmp_path / "pictures")
     before = sorted((tmp_path / "pictures").iterdir())
     for arguments in (["--resume"], ["--data", str(phantoms), "--resume"]):
         assert job.main([*arguments, str(tmp_path / "pictures")]) == 2
         assert "pictures: no run, it has no config.json" in capsys.readouterr().err
     assert job.main(["--resume", str(tmp_path / "nowhere")]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert job.main(["--resume"]) == 2  # no phantoms are drawn for it
+    assert "--resume runs/phantom: no run" in capsys.readouterr().err
     assert sorted((tmp_path / "pictures").iterdir()) == before
     assert not (tmp_path / "nowhere").exists()
 
@@ -331,7 +338,7 @@ def test_too_few_training_images(tmp_path, phantoms):
     root = folder_with(tmp_path, phantoms)
     for path in sorted((root / "train/good").iterdir())[1:]:
         path.unlink()
-    fails(tmp_path, "needs two or more")
+    fails(tmp_path, "1 healthy images are too few")
 
 
 def test_unknown_option_value_unwritable_output_and_missing_data(tmp_path, phantoms):
