@@ -290,7 +290,8 @@ def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any],
     files = sorted(folder.glob("detector*.pt"))  # detector.pt comes first
     config = read_config(folder)
     if not files or not config:
-        raise ValueError(f"{folder}: no finished run here; looked for config.json and detector.pt")
+        hint = "; pmsacl.py --resume finishes it" if config else ", it has no config.json"
+        raise ValueError(f"{folder}: no finished run here{hint}")
     loaded = [load(path, pick_device(device)) for path in files]
     kinds = {cls: kind for kind, cls in KINDS.items()}
     return config, read_results(folder), {kinds[type(detector)]: detector for detector in loaded}

@@ -175,9 +175,12 @@ def carry_out(name: str, rows: list[Row], out: Path, keep: bool) -> Iterator[lis
 
 
 def time_left(rows: Sequence[Row], out: Path) -> str:
-    """How long the missing runs will take, by the finished ones: those of their row, or all."""
+    """How long the missing runs will take, by the finished ones: those of their row, or all.
+
+    What pre-trains nothing takes seconds, and says nothing of the other rows.
+    """
     took: dict[str, list[float]] = {}
-    missing = {}
+    missing, trained = {}, {row.name for row in rows if row.configs and row.configs[0].trains}
     for row in rows:
         for config in row.configs:
             folder = folder_of(config, out)
@@ -185,10 +188,11 @@ def time_left(rows: Sequence[Row], out: Path) -> str:
                 took.setdefault(row.name, []).append(sum(results["seconds"].values()))
             else:
                 missing[folder] = row.name
-    if not took:
+    if not took.keys() & (trained or took.keys()):
         return ""
-    mean = statistics.fmean(statistics.fmean(seconds) for seconds in took.values())
-    seconds = sum(statistics.fmean(took.get(name, [mean])) for name in missing.values())
+    means = {name: statistics.fmean(seconds) for name, seconds in took.items()}
+    mean = statistics.fmean(means[name] for name in means if name in trained or not trained)
+    seconds = sum(means.get(name, mean) for name in missing.values())
     return f", about {duration(seconds)} left for all"
 
 

@@ -277,6 +277,15 @@ def test_the_time_left_is_that_of_the_finished_runs(tmp_path):
         (folder / "results.json").write_text(json.dumps(results | {"seconds": {"all": seconds}}))
     text = experiments.time_left(rows, tmp_path)
     assert text == ", about 12 min 00 s left for all"  # 1 of a, 5 of b, two of 3 each
+    quick = rows_of(
+        "t", {"r": "--method random --init random", "b": "--alpha 3"}, vars(config()), 2
+    )
+    finished(tmp_path, quick[0].configs[0], 0.5)
+    text = experiments.time_left(quick, tmp_path)
+    assert text == ", about 6 min 30 s left for all"  # 90 s of r, 300 s of b
+    nothing_trained = quick[:1] + rows_of("u", {"d": "--alpha 5"}, vars(config()), 2)
+    assert experiments.time_left(nothing_trained, tmp_path) == ""
+    assert experiments.time_left(quick[:1], tmp_path) == ", about 1 min 30 s left for all"
 
 
 def test_trivial_baselines_are_the_last_row_and_not_of_tables_of_localisation(tmp_path):

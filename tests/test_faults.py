@@ -663,12 +663,13 @@ SETTINGS = {
     "help": "a --help\n", "short": "a --epoch 3\n", "share": "a --healthy-share 2\n",
     "window": "a --window 3\n",
 }  # fmt: skip
-NO_RUN = "no finished run here; looked for config.json and detector.pt"
+NO_RUN = "no finished run here, it has no config.json"
 UNUSABLE = "1 of {} files cannot be used: {}.*--skip-bad"
 BAD_SCORINGS = [
     ("", "required: RUN"),
     *((f"{run} --score new", f"{run}: {NO_RUN}") for run in ("nothing", "file", "empty", "pipe")),
-    *((f"{run} --score new", NO_RUN) for run in ("no-detector", "no-config", "loop", "new")),
+    *((f"{run} --score new", NO_RUN) for run in ("no-config", "loop", "new")),
+    ("no-detector --score new", "no finished run here; pmsacl.py --resume finishes it"),
     ("bad-results --score new", "results.json: damaged"),
     ("bad-detector --score new", "detector_igd.pt: no detector, or a damaged one"),
     ("pipe-detector --score new", "detector.pt: not a regular file"),
