@@ -100,7 +100,7 @@ def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
         w[p : p + POSITIONS] = torch.linalg.solve_triangular(factor, eye, upper=False)
     if failed:  # one synchronisation with a GPU, not one for each block
         raise ValueError(
-            f"a covariance has no factor (eps={eps:g}): is an image not in [0, 1], NaN?"
+            f"a Sigma_p is not positive definite (eps={eps:g}): is an image NaN or not in [0, 1]?"
         )
     return w
 

@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         return complain("eval.py", error)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command begins again", file=sys.stderr)
+        print("\ninterrupted; run the same command to start over", file=sys.stderr)
         return 130
     return 0
 

@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         return complain("experiments.py", error)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
+        print("\ninterrupted; run the same command to continue", file=sys.stderr)
         return 130
     return int(any(row.failure for rows in tables.values() for row in rows))
 

@@ -167,7 +167,7 @@ class Pretraining:
         self.batch = every // self.world  # of this process
         if self.batch < 2:
             raise ValueError(
-                f"{n} healthy images are too few: {held} are held back to watch the training, and "
+                f"{n} healthy images are too few: {held} are held back for monitoring, and "
                 f"a batch needs 2 for each of {self.world} process(es)"
             )
         self.images = self.batch * self.world  # of one step

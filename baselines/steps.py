@@ -30,7 +30,7 @@ Track = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(eq=False)
 class Detector(ABC):
-    """Networks that are trained on healthy images; a child has their losses and the score.
+    """Networks that are trained on healthy images; a subclass has their losses and the score.
 
     start: the device; for a `pretrained` one a ResNet with torchvision's names, which is copied.
     """

@@ -270,7 +270,7 @@ def main() -> None:
     what.add_argument("--all", action="store_true", help="every size and dtype that can run")
     what.add_argument("--before", default="", metavar="COMMIT", help="build that commit's kernels")
     what.add_argument("--table", nargs="+", metavar="CSV", help="rewrite the table from these rows")
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="number and of how many")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="share K of R, K from 0")
     args = parser.parse_args()
     if not 0 <= args.share[0] < args.share[1]:
         parser.error(f"--share {args.share[0]} {args.share[1]}: the first is 0 to the second - 1")

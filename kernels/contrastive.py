@@ -121,7 +121,7 @@ def _backward(
     ZP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """part_i = sum_j kappa_ij (a_i + a_j) exp(...) f_j over `span` columns, a = g / sum: row i as
-    a query gives a_i, as a column of query j it gives a_j, and a is zero where a view is none."""
+    a query gives a_i, as a column of query j it gives a_j, and a is zero for a non-query."""
     i0 = tl.program_id(0) * BM
     i, f_i, n_i = _rows(f_ptr, id_ptr, i0, ZP, BM)
     a_i = tl.load(a_ptr + i)
@@ -309,7 +309,7 @@ def contrastive(
     allow_tf32: Triton path, float32 z: round products to 10 bits, as fast as 16-bit floats.
     reduction:  "mean" (eq. 4) or "none" (eq. 5 for each query).
     returns:    scalar or (R,), float32 (float64 for a float64 z); on the Triton path NaN if an id
-                is out of range or pair no involution within the class: nothing waits for the GPU.
+                is out of range or pairs are not mutual within a class: nothing waits for the GPU.
     raises:     ValueError for all else that is wrong, and on the torch path for ids and pairs.
     """
     if reduction not in ("mean", "none"):

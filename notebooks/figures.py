@@ -11,7 +11,7 @@
 #
 # Each figure of the paper, drawn from a run, and what to look at. The run here is of phantom
 # images and trains for seconds, so that the figures show how they are read and nothing about the
-# method. Of a run of yours: `python experiments.py --figure 1 2 3 4 5 --run runs/kvasir`.
+# method. For a run of your own: `python experiments.py --figure 1 2 3 4 5 --run runs/kvasir`.
 
 # %%
 import contextlib

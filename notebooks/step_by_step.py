@@ -13,7 +13,7 @@
 # %% [markdown]
 # # PMSACL step by step
 #
-# One section an equation, on phantom images, in under two minutes on a CPU. Each section ends with
+# One section per equation, on phantom images, in under two minutes on a CPU. Each section ends with
 # an `assert` on what it claims. The modules hold the method; nothing is defined here.
 
 # %%

@@ -55,7 +55,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 def _check_side(path: Path, size: tuple[int, int]) -> None:
     if min(size) < MIN_SIDE:
         w, h = size
-        raise ValueError(f"{path}: {w} x {h} pixels; the shorter side must have {MIN_SIDE}")
+        raise ValueError(f"{path}: {w} x {h} pixels; the shorter side needs {MIN_SIDE} or more")
 
 
 def check_header(path: Path) -> None:

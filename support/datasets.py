@@ -39,7 +39,7 @@ def compared(dataset: layouts.Dataset) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 for a folder that is no data set, in one line."""
-    parser = Parser(prog="support.datasets", description="Counts a folder against the paper's.")
+    parser = Parser(prog="support.datasets", description="Compares a folder with the paper's sets.")
     parser.add_argument("data", type=given_path, metavar="DIR")
     arguments = parser.parse_args(argv)
     try:

@@ -54,8 +54,8 @@ def window_of_set(
             f"{deep[0]}; the others have 8, and may differ in brightness for that alone"
         )
     if saved and bool(of_run) != bool(deep):
-        words = ("8 bits", "more")[:: -1 if of_run else 1]
-        notify(f"warning: the run knows images of {words[0]}, and these have {words[1]}")
+        words = ("8 bits", "more than 8")[:: -1 if of_run else 1]
+        notify(f"warning: the run's images have {words[0]}, but these have {words[1]}")
     return of_run or (_range_of(deep, bool(saved)) if deep else None)
 
 

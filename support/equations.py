@@ -8,8 +8,8 @@ A mark says what its block holds, separated by commas, in this order on the page
     <!-- end -->
 
 An equation brings what the README's map knows of it (formula, function, test) and the rows of
-docs/deviations.md that the tags in the code tie to it; a dotted name brings the code of a function
-more, a row one row more. tests/test_equations.py fails where the page lags behind.
+docs/deviations.md that the tags in the code tie to it; a dotted name adds the code of another
+function, a row number another row. tests/test_equations.py fails where the page lags behind.
 """
 
 from __future__ import annotations

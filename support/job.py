@@ -169,7 +169,7 @@ def main_job(config: Config, folder: Path) -> None:
         baselines=baselines, extra=extra,
     )  # fmt: skip
     show(read_text(folder / "results.md"))
-    notify(f"weights, scores and figures are in {folder}; to look at: {folder / 'report.html'}")
+    notify(f"weights, scores and figures are in {folder}; open {folder / 'report.html'}")
 
 
 def end_without_test(
@@ -267,7 +267,7 @@ def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict
     if config.trains and fakes["image_auroc"] <= fakes["untrained"]["image_auroc"]:
         steps = len(images.train) // config.batch_size * config.epochs
         notify(
-            f"so the pre-training, of about {steps} steps, has not paid yet: try more --epochs "
+            f"so the pre-training, of about {steps} steps, has not paid off yet: try more --epochs "
             "(docs/experiments.md took 1,000 steps)"
         )
     return fakes

@@ -29,10 +29,10 @@ GLOSSARY = {
     "Threshold": "an image is judged abnormal at this score or above. A few test images of both "
     "classes set it, which are not among those measured; without test images it is the 95th "
     "percentile of healthy images that were held out of the training.",
-    "Percentile": "how many of 100 held-out healthy images have a lower score.",
+    "Percentile": "the percentage of held-out healthy images with a lower score.",
     "Sensitivity, specificity": "the share of abnormal images that are found, and of normal images "
     "that are passed, at the threshold.",
-    "AUROC": "the probability that an abnormal image scores higher than a normal one, at no "
+    "AUROC": "the probability that an abnormal image scores higher than a normal one, with no "
     "threshold: 0.5 is chance, 1 is perfect.",
     "Interval": "95% bootstrap interval over the test images, for the same network.",
     "Heat map": "the score of each pixel, from dark (as in normal images) to bright; all images of "

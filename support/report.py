@@ -173,7 +173,7 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         if over := row.get("over_untrained"):
             low, high = over["interval"]
             parts.append(
-                f"<p>{escape(name)} has an AUROC {over['difference']:+.3f} from that of the "
+                f"<p>{escape(name)}'s AUROC differs by {over['difference']:+.3f} from that of the "
                 f"untrained network, interval {low:+.3f} to {high:+.3f}.</p>"
             )
     parts += [_fakes(results), _healthy(results)]

@@ -238,7 +238,7 @@ def _scored(
 ) -> Iterator[Scored]:
     """Each image with its scores, which are made in batches."""
     while part := list(islice(images, batch)):
-        stack, what = np.stack([image for _, image, _ in part]), f"{part[0][0]} or one behind it"
+        stack, what = np.stack([image for _, image, _ in part]), f"{part[0][0]} or one after it"
         with_maps = {name: score_batch(d, stack, what) for name, d in detectors.items()}
         for i, (file, image, grey) in enumerate(part):
             scores = {

@@ -30,7 +30,7 @@ def score_batch(detector: Any, images: Array, what: str) -> tuple[Array, Array |
     scores = of_images.cpu().numpy()
     maps = None if of_batch is None else of_batch.cpu().numpy()
     if not (np.isfinite(scores).all() and (maps is None or np.isfinite(maps).all())):
-        raise ValueError(f"the detector gives what is not finite in {what}")
+        raise ValueError(f"the detector's output is not finite in {what}")
     return scores, maps
 
 

@@ -481,9 +481,9 @@ def test_images_of_both_depths_or_of_another_depth_than_the_runs_are_said(tmp_pa
         (
             [flat],
             {"values_shown": [0, 4095]},
-            "the run knows images of more, and these have 8 bits",
+            "the run's images have more than 8, but these have 8 bits",
         ),
-        ([deep], {"values_shown": None}, "the run knows images of 8 bits, and these have more"),
+        ([deep], {"values_shown": None}, "the run's images have 8 bits, but these have more"),
     ):
         depth.window_of_set(paths, "", saved)
         got = capsys.readouterr().err

@@ -224,7 +224,7 @@ def test_rows_that_others_add_are_shown_if_they_are_there(tmp_path):
     for words in (
         "0.650 [0.610, 0.690]", "(16 x 16)", "0.123, ", "0.987, ", "0.456",
         "AUROC 0.710, AUPRO 0.320; the untrained network has AUROC 0.610, AUPRO 0.220.",
-        "padim has an AUROC -0.050", "-0.090 to +0.010", "f_beta",
+        "padim's AUROC differs by -0.050", "-0.090 to +0.010", "f_beta",
     ):  # fmt: skip
         assert words in page.text, words
     assert not page.cards()  # no heat maps: the detector's section has its charts alone
