@@ -5,8 +5,7 @@ and Segmentation in Medical Images". `[P:(4)]` tags an equation of that paper; `
 a place that row R2 of docs/deviations.md completes or corrects. Eq. 1, their sum, is in pmsacl.py;
 kernels/contrastive.py has a Triton kernel for eq. 4-7, whose definition is here.
 
-Sizes: A classes (class n: n fake lesions), B images, N = 2 A B views, R of them as queries,
-Z features of a view, S pixels a side.
+Sizes: A classes (n: n fake lesions), B images, N = 2 A B views, R queries, Z features, S pixels.
 """
 
 from __future__ import annotations
@@ -30,19 +29,20 @@ DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -
 def class_centres(encoder: nn.Module, views: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """c_n = E_{x in D, a ~ A_n} f_theta(a(x)), computed once and frozen.   [P!(2) R5]
 
-    encoder: f_theta, (N, 3, S, S) -> (N, Z); its batch-norm layers use the batch's statistics
-             and keep their running averages as they are.
+    encoder: f_theta, (N, 3, S, S) -> (N, Z); its running averages stay as they are.
     views:   batches of (views (N, 3, S, S), class ids (N,) int64): one pass over D.
     returns: c (A, Z) float32, A one more than the largest class id.
     raises:  ValueError if a class has no view.
     """
+    total: dict[int, Tensor] = {}
     with torch.no_grad(), frozen_averages(encoder):
-        z_all, n_all = zip(*((encoder(x).double(), n) for x, n in views), strict=True)
-    z, n = torch.cat(z_all), torch.cat(n_all)  # (sum of N, Z), (sum of N,)
-    counts = n.bincount().tolist()
-    if 0 in counts:
-        raise ValueError(f"[P:(2)] needs a view of each class, got {counts} views a class")
-    return torch.stack([z[n == k].mean(dim=0) for k in range(len(counts))]).float()
+        for x, n in views:
+            z = F.pad(encoder(x).double(), (0, 1), value=1.0)  # (N, Z + 1): the last one counts
+            for k in n.unique().tolist():
+                total[k] = total.get(k, 0) + z[n == k].sum(dim=0)
+    if sorted(total) != list(range(len(total))):
+        raise ValueError(f"[P:(2)] needs a view of each class, got views of {sorted(total)}")
+    return torch.stack([total[k][:-1] / total[k][-1] for k in sorted(total)]).float()
 
 
 def multi_centring_loss(z: Tensor, n: Tensor, c: Tensor) -> Tensor:
@@ -100,11 +100,8 @@ def contrastive_losses(
         step = max(1, PAIRS // len(z))
         if stop - start <= step:
             return _rows_of_eq_5(f, n, pair, kappa, start, stop)
-        losses = []
-        for k in range(start, stop, step):
-            block = (f, n, pair, kappa, k, min(k + step, stop))
-            losses.append(checkpoint(_rows_of_eq_5, *block, use_reentrant=False))
-        return torch.cat(losses)
+        blocks = [(f, n, pair, kappa, k, min(k + step, stop)) for k in range(start, stop, step)]
+        return torch.cat([checkpoint(_rows_of_eq_5, *b, use_reentrant=False) for b in blocks])
 
 
 def _rows_of_eq_5(f, n, pair, kappa, start, stop):
@@ -179,22 +176,25 @@ def patch_pairs(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     first = torch.minimum((place * room).long(), room - 1) - shift.clamp(max=0)  # (B, 2) corners
     windows = x.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # (B, 3, places, places, 32, 32), no copy
     first, shift, p = (t.to(x.device, non_blocking=not x.is_cpu) for t in (first, shift, p))
-
-    def patches_at(corner: Tensor) -> Tensor:
-        return windows[torch.arange(b, device=x.device), :, corner[:, 0], corner[:, 1]]
-
-    return patches_at(first), patches_at(first + shift), p
+    image = torch.arange(b, device=x.device)
+    (y_1, x_1), (y_2, x_2) = first.unbind(1), (first + shift).unbind(1)
+    return windows[image, :, y_1, x_1], windows[image, :, y_2, x_2], p
 
 
 @contextlib.contextmanager
 def frozen_averages(module: nn.Module) -> Iterator[None]:
     """Batch-norm on batch statistics, its running averages left alone.   [P!(2) R5]"""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    before = [(m.training, m.track_running_stats, dict(m.named_buffers())) for m in norms]
     try:
-        for norm in norms:
-            norm.training, norm.track_running_stats = True, False
+        for norm, (*_, averages) in zip(norms, before, strict=True):
+            synchronised = isinstance(norm, nn.SyncBatchNorm)  # fails on bfloat16 without averages
+            norm.training, norm.track_running_stats = True, synchronised
+            for name, value in averages.items() if synchronised else ():
+                setattr(norm, name, value.clone())
         yield
     finally:
-        for norm, state in zip(norms, before, strict=True):
-            norm.training, norm.track_running_stats = state
+        for norm, (training, tracked, averages) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, tracked
+            for name, value in averages.items():
+                setattr(norm, name, value)

@@ -54,7 +54,7 @@ def medmix(
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
     out, n = start(x, n, generator, classes)
-    mask = torch.zeros_like(out[:, :1], dtype=torch.bool)
+    mask = torch.zeros_like(out, dtype=torch.bool)
     for image, box in lesions(n, x.shape[3], generator, min_area, max_area):
         k = len(image)
         at, v, u = squares(image, box, x)
@@ -68,7 +68,7 @@ def medmix(
         patch[jittered] = jitter(patch[jittered], JITTER, generator, inside[jittered])
         patch[noisy] = add_noise(patch[noisy], uniform(generator, *NOISE, k)[on[:, 1]], generator)
         paste(out, mask, at, patch, share)
-    return out, mask
+    return out, mask[:, :1]
 
 
 def lesions(
@@ -100,13 +100,14 @@ def lesions(
 
 
 def squares(image: Tensor, box: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A square around each box: `at` (3, K), its output, top row and left column; and
+    """A square around each box: `at` (K, 3, s, s), where it lies in the flat outputs; and
     v, u (K, s, s), half-heights and half-widths from the middle of the box.
     """
-    s = int(box[:, 2:].max())
-    first = box[:, :2].clamp(max=x.shape[3] - s)  # the square lies inside the image
-    at = moved(torch.cat([image[:, None], first], 1), x).T
-    row, col = at[1:, :, None] + torch.arange(s, device=x.device)  # (K, s) each
+    side, s = x.shape[3], int(box[:, 2:].max())
+    first = box[:, :2].clamp(max=side - s)  # the square lies inside the image
+    row, col = (moved(first, x)[:, :, None] + torch.arange(s, device=x.device)).unbind(1)  # (K, s)
+    plane = moved(3 * image[:, None] + torch.arange(3, device=image.device), x)  # (K, 3)
+    at = ((plane[:, :, None] * side + row[:, None]) * side)[..., None] + col[:, None, None]
     top, left, height, width = moved(box.float(), x)[:, :, None].unbind(1)  # (K, 1) each
     v, u = (row - top + 0.5) * (2 / height) - 1, (col - left + 0.5) * (2 / width) - 1  # (K, s)
     v, u = torch.broadcast_tensors(v[:, :, None], u[:, None, :])
@@ -174,18 +175,17 @@ def cut(
 
 def add_noise(x: Tensor, std: Tensor, generator: Generator) -> Tensor:
     """x + std e, clipped; std is (B,), e ~ N(0, 1) for each pixel, so grey images stay grey."""
-    if x.device.type != generator.device.type:  # so many numbers are drawn where they are used
+    if x.device != generator.device:  # so many numbers are drawn where they are used
         generator = Generator(x.device).manual_seed(int(uniform(generator, 0, 2**62)))
     e = torch.randn(len(x), 1, *x.shape[2:], generator=generator, device=x.device)
     return (x + (moved(std, x)[:, None, None, None] * e).to(x)).clamp_(0, 1)
 
 
 def paste(out: Tensor, mask: Tensor, at: Tensor, patch: Tensor, share: Tensor) -> None:
-    """out + share (patch - out) in the squares of `at`, and mask true where share > 0 there."""
-    (image, top, left), s = at, patch.shape[3]
-    windows, marked = (y.unfold(2, s, 1).unfold(3, s, 1) for y in (out, mask))  # views, no copies
-    windows[image, :, top, left] = windows[image, :, top, left].lerp(patch, share).clamp_(0, 1)
-    marked[image, :, top, left] |= share > 0
+    """out + share (patch - out) at `at` (K, 3, s, s), and mask[:, 0] where share > 0."""
+    out, mask = out.view(-1), mask.view(-1)  # deterministic GPUs garble views that overlap
+    out[at] = out[at].lerp(patch, share).clamp_(0, 1)
+    mask[at[:, :1]] |= share > 0
 
 
 def start(x: Tensor, n: Tensor, generator: Generator, classes: int | None) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,7 @@ def loss_terms(
 HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pretext task
 WATCHED_VIEWS = 400  # of these, or more: an accuracy of 0.25 then has a deviation of 0.02
 SETTLED = 30  # steps before batch norm's running averages, and so the spread of z, are reliable
+MEASURED = 50  # times or so in a run: how well fake lesions are found
 RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
 
 
@@ -302,7 +303,9 @@ class Pretraining:
                 "see R20 in docs/deviations.md (--features, --centre-weight)"
             )
         finite = math.isfinite(health["spread"])  # if it is not, the next step says what to do
-        if not self.local and self.rank == 0 and finite:
+        every = max(1, self.config.epochs // MEASURED)
+        due = self.step_done // self.steps % every == 0 or self.step_done == self.total
+        if not self.local and self.rank == 0 and finite and due:
             fakes = fake_lesions(self.encoder.backbone, self.pixels, seed=self.config.seed)
             health |= {"fake_auroc": fakes["image_auroc"], "fake_aupro": fakes["aupro"]}
         return health

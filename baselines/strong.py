@@ -84,13 +84,13 @@ def cutout(
 ) -> tuple[Tensor, Tensor]:
     """n_i boxes, sized and placed as MedMix does, filled with the image's mean.  [P:§4.7.2]"""
     out, n = start(x, n, generator, classes)
-    mask = torch.zeros_like(out[:, :1], dtype=torch.bool)
+    mask = torch.zeros_like(out, dtype=torch.bool)
     mean = x.mean((2, 3), keepdim=True)  # (B, 3, 1, 1)
     for image, box in lesions(n, x.shape[3], generator, min_area, max_area):
         at, v, u = squares(image, box, x)
         fill = mean[image.to(x.device) % len(x)].expand(-1, -1, *v.shape[1:])
         paste(out, mask, at, fill, inside(v, u))
-    return out, mask
+    return out, mask[:, :1]
 
 
 def cutmix(
@@ -104,11 +104,11 @@ def cutmix(
 ) -> tuple[Tensor, Tensor]:
     """n_i boxes of other images, sized and placed as MedMix does, unaltered.  [P:Fig.6]"""
     out, n = start(x, n, generator, classes)
-    mask = torch.zeros_like(out[:, :1], dtype=torch.bool)
+    mask = torch.zeros_like(out, dtype=torch.bool)
     for image, box in lesions(n, x.shape[3], generator, min_area, max_area):
         at, v, u = squares(image, box, x)
         paste(out, mask, at, cut(x, image, box, v, u, generator), inside(v, u))
-    return out, mask
+    return out, mask[:, :1]
 
 
 def inside(v: Tensor, u: Tensor) -> Tensor:

@@ -349,8 +349,12 @@ def plan(config: Config, images: Images, folder: Path) -> str:
 
 
 def warn_of_near_duplicates(images: Images) -> None:
-    """Warn if test images are nearly the same as training images."""
-    if images.test is None or not (pairs := near_duplicates(images.train, images.test)):
+    """Warn if test images are nearly the same as training images; the first process looks."""
+    pairs: list[tuple[int, int]] = []
+    if images.test is not None and ranks()[0] == 0:
+        pairs = near_duplicates(images.train, images.test)
+    wait_for_all()
+    if not pairs:
         return
     test, train = pairs[0]
     dataset = images.dataset

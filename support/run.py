@@ -66,6 +66,8 @@ def pick_device(name: str) -> str:
     """auto: the GPU if there is one.   raises: ValueError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks()[1] > 1 and name.startswith("cuda:"):
+        name = "cuda"  # each process has its own
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     if name not in ["cpu", *gpus] and not (name == "cuda" and gpus):
         raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {name}")

@@ -154,12 +154,14 @@ def gradient_budget(case: Case, g: torch.Tensor, kernel: bool) -> torch.Tensor:
     u = case.z.double() - case.c.double()[case.n]
     norm = u.norm(dim=1, keepdim=True).clamp_min(contrastive.EPS)
     f = u / norm
-    x = torch.where(case.n[:, None] == case.n, same, different) * (f @ f.T)
-    x.fill_diagonal_(-math.inf)
+    x = torch.where(case.n[start:stop, None] == case.n, same, different) * (f[start:stop] @ f.T)
+    x.diagonal(start).fill_(-math.inf)
     weight = torch.zeros(N, dtype=torch.float64, device=f.device)
     weight[start:stop] = g.abs().double()
-    p = weight[:, None] * x.softmax(dim=1)
-    W = (p.sum(dim=1) + p.sum(dim=0))[:, None]
+    p = weight[start:stop, None] * x.softmax(dim=1)  # of the queries: the others weigh nothing
+    W = p.sum(dim=0)
+    W[start:stop] += p.sum(dim=1)
+    W = W[:, None]
     exponent = 2 * k * (e + 6) + 4 * N / 16 + 12 + 2 * math.log(N)  # s - lse, exp
     half = stored(case, kernel)  # of w
     narrow = kernel and case.z.dtype == torch.float16
@@ -730,6 +732,7 @@ def test_a_cuda_graph_captures_a_step_and_nothing_waits():
         replace(case, z=z).losses("triton", reduction="mean").backward()
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
         z.grad = None
@@ -758,7 +761,8 @@ def test_compiled_and_eager_agree_on_the_gpu():
 
     z, same = (case.z.clone().requires_grad_() for _ in range(2))
     compiled = torch.compile(loss, fullgraph=True, dynamic=False)(z)
-    assert_within(compiled, loss(same).double(), 8 * U32)
+    want = loss(same).double()
+    assert_within(compiled, want, 8 * U32 * want)
     compiled.backward()
     loss(same).backward()
     torch.testing.assert_close(z.grad, same.grad, rtol=1e-4, atol=1e-7)

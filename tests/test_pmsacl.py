@@ -56,6 +56,19 @@ def tiny(**changes):
 # --- the views ---------------------------------------------------------------------------------
 
 
+def test_fake_lesions_are_measured_fifty_times_in_a_long_run(monkeypatch):
+    training = pmsacl.Pretraining(pictures(), tiny(epochs=220))
+    monkeypatch.setattr(training, "health", lambda: {"spread": 1.0})
+    monkeypatch.setattr(pmsacl, "fake_lesions", lambda *_, **__: {"image_auroc": 0.5, "aupro": 0.5})
+    measured = []
+    for epoch in range(1, 221):
+        training.step_done = epoch * training.steps
+        measured += [epoch] * ("fake_auroc" in training.end_epoch())
+    assert measured == [*range(4, 221, 4)]
+    training.total, training.step_done = 7 * training.steps, 7 * training.steps
+    assert "fake_auroc" in training.end_epoch()  # at the end in any case
+
+
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31 - 1))
 def test_view_class_and_pair_belong_to_the_image_that_they_came_from(classes, images, seed):
     """Image i is one grey, 0.1 (i + 1), and its strong version of class n is 0.01 n lighter."""

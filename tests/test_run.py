@@ -24,7 +24,7 @@ from PIL import Image
 import eval as evaluation
 import pmsacl
 from encoder import ResNet18, seeded
-from support import job, options
+from support import job, options, run
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -332,6 +332,13 @@ def test_test_folder_with_one_class(tmp_path, phantoms):
         path.unlink()
     (root / "test/good").rmdir()
     fails(tmp_path, "both classes")
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run.pick_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(run, "ranks", lambda: (0, 2))
+    assert run.pick_device("cuda:1") == "cuda" and run.pick_device("cpu") == "cpu"
 
 
 def test_too_few_training_images(tmp_path, phantoms):
