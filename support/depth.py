@@ -53,7 +53,7 @@ def window_of_set(
             f"warning: {len(deep)} of {len(paths)} images have more than 8 bits, such as "
             f"{deep[0]}; the others have 8, and may differ in brightness for that alone"
         )
-    if saved and bool(of_run) != bool(deep):
+    if saved and not saved.get("window") and bool(of_run) != bool(deep):
         words = ("8 bits", "more than 8")[:: -1 if of_run else 1]
         notify(f"warning: the run's images have {words[0]}, but these have {words[1]}")
     return of_run or (_range_of(deep, bool(saved)) if deep else None)

@@ -488,7 +488,10 @@ def test_images_of_both_depths_or_of_another_depth_than_the_runs_are_said(tmp_pa
         depth.window_of_set(paths, "", saved)
         got = capsys.readouterr().err
         assert re.search(said, got) and ("--window" in got) == (saved is None), got
-    for paths, saved in (([deep], None), ([flat], {"values_shown": None}), ([flat], {})):
+    given = {"values_shown": [0, 4095], "window": "0,4095"}  # whatever the images then were
+    for paths, saved in (
+        ([deep], None), ([flat], {"values_shown": None}), ([flat], {}), ([flat], given),
+    ):  # fmt: skip
         depth.window_of_set(paths, "", saved)
         assert "warning" not in capsys.readouterr().err
 
