@@ -47,6 +47,7 @@ from support.run import (
     cache_folder,
     first_process_first,
     join_processes,
+    leave_processes,
     ranks,
     read_text,
     real,
@@ -378,6 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with claimed(functools.partial(resolve, options, resume)) as (config, folder):
             main_job(config, folder)
+        leave_processes()
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         return complain("pmsacl.py", error)
     except KeyboardInterrupt:

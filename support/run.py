@@ -207,6 +207,13 @@ def join_processes() -> None:
         patient()
 
 
+def leave_processes() -> None:
+    """Leave the others, at the end of a run: torch warns of groups that are left open."""
+    if ranks()[1] > 1:
+        dist.destroy_process_group()
+        patient.cache_clear()
+
+
 @functools.cache
 def patient() -> dist.ProcessGroup | None:
     """All processes, on their CPUs, to wait for one another: NCCL gives up after ten minutes, and
