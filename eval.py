@@ -324,7 +324,7 @@ def evaluate_run(
     dataset = layouts.discover(root, seed=seed, training=root == own)
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
-    dataset.check_test()
+    dataset.check_test()  # before anything is written
     notes = [] if root == own else checks.of_other(folder, dataset)
     place = folder if root == own else folder_of_other(folder, root)
     to = place / "eval-paper-protocol" if another else place

@@ -36,7 +36,7 @@ from support.claim import claimed
 from support.compared import NAMES, chosen, deciding
 from support.figures import png
 from support.job import main_job
-from support.options import Config, make_config, parse
+from support.options import Config, make_config, option, parse
 from support.paper_figures import PICTURES, draw, draw_views
 from support.progress import complain, duration, notify, quietly, show
 from support.rows import MASKED, OF_SET, ROWS, Row, read_sweep, reference, rows_of, with_more
@@ -180,7 +180,8 @@ def time_left(rows: Sequence[Row], out: Path) -> str:
     What pre-trains nothing takes seconds, and says nothing of the other rows.
     """
     took: dict[str, list[float]] = {}
-    missing, trained = {}, {row.name for row in rows if row.configs and row.configs[0].trains}
+    missing, names = {}, {row.name for row in rows}
+    counted = {row.name for row in rows if row.configs and row.configs[0].trains} or names
     for row in rows:
         for config in row.configs:
             folder = folder_of(config, out)
@@ -188,10 +189,10 @@ def time_left(rows: Sequence[Row], out: Path) -> str:
                 took.setdefault(row.name, []).append(sum(results["seconds"].values()))
             else:
                 missing[folder] = row.name
-    if not took.keys() & (trained or took.keys()):
-        return ""
     means = {name: statistics.fmean(seconds) for name, seconds in took.items()}
-    mean = statistics.fmean(means[name] for name in means if name in trained or not trained)
+    if not means.keys() & counted:
+        return ""
+    mean = statistics.fmean(means[name] for name in means.keys() & counted)
     seconds = sum(means.get(name, mean) for name in missing.values())
     return f", about {duration(seconds)} left for all"
 
@@ -326,7 +327,7 @@ def _common_options(
     if not 1 <= args.seeds <= MOST_SEEDS:
         raise ValueError(f"--seeds must be from 1 to {MOST_SEEDS}, got {args.seeds}")
     if args.run and options:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        given = ", ".join(map(option, options))
         raise ValueError(f"--run {args.run} has its own settings: leave out {given}")
     if not options.get("data"):
         return options, "phantom", ""

@@ -181,8 +181,8 @@ class CutPaste(Detector):
     @torch.no_grad()
     def estimate(self, images: np.ndarray) -> None:
         """The Gaussian of all images, and the one of at most KEPT patches of any place."""
-        each, whole, local = -(-KEPT // len(images)), [], []
         draws = torch.Generator().manual_seed(self.seed)
+        each, whole, local = -(-KEPT // len(images)), [], []
         for x in self.batches(images):
             whole.append(self.features("image", x))
             patches = self.patches(x)

@@ -58,7 +58,7 @@ def cached(
     if not rows:
         return np.empty((0, *shape), np.uint8), {}
     folder.mkdir(parents=True, exist_ok=True)
-    stamps = [[_stamp(path) for path in files] for files in rows]
+    stamps = [[stamp(path) for path in files] for files in rows]
     content = json.dumps([CACHE_VERSION, shape, zeros_for_unreadable, stamps, key])
     name = hashlib.sha256(content.encode()).hexdigest()[:24]
     data, marker = folder / f"{name}.u8", folder / f"{name}.json"
@@ -124,7 +124,7 @@ def _complete(data: Path, marker: Path, rows: int, size: int, substitute: int) -
     return unreadable
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def stamp(path: Path) -> tuple[str, int, int]:
     """What changes when a file does: its path, size and time."""
     try:
         stat = path.stat()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from support.cache import stamp
 from support.compared import chosen
 from support.folders import EXTENSIONS, how_to_convert, visible, walk
 from support.layouts import MASKS, Dataset, Sample, discover
@@ -44,7 +45,11 @@ def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
     check_disk(config, folder, (len(dataset.train), len(dataset.test), masks))
     elsewhere = trained_on(Path(config.encoder)) if config.encoder else ()
     notes = check_content(dataset, elsewhere, allow=config.allow_duplicates)
-    notes += check_unused(dataset)
+    return told(notes + check_unused(dataset))
+
+
+def told(notes: list[str]) -> list[str]:
+    """The notes, shown on the screen."""
     for note in notes:
         notify(note)
     return notes
@@ -52,23 +57,13 @@ def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
 
 def digest(dataset: Dataset) -> str:
     """Of the images' names below the data set's folder, and of their sizes."""
-    names = [(os.path.relpath(path, dataset.root), _size(path)) for path in dataset.images]
+    names = [(os.path.relpath(path, dataset.root), stamp(path)[1]) for path in dataset.images]
     return hashlib.sha256(repr(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1  # said when it is decoded
 
 
 def of_other(run: Path, dataset: Dataset) -> list[str]:
     """Notes on a data set that a run was not trained on, which the screen shows, too."""
-    notes = check_content(dataclasses.replace(dataset, train=()), trained_on(run), allow=True)
-    for note in notes:
-        notify(note)
-    return notes
+    return told(check_content(dataclasses.replace(dataset, train=()), trained_on(run), allow=True))
 
 
 def check_places(data: str, folder: Path) -> None:
@@ -194,14 +189,13 @@ def check_masks(samples: Sequence[Sample], masks: np.ndarray | None, known: Any)
                 "a mask is 255 in the lesion and 0 elsewhere"
             )
     found = [(empty, "no lesion: left out of pixel measures"), (full, "nothing but lesion")]
-    notes = [
-        f"{len(which)} masks hold {what}: {named(samples[i].mask for i in which)}"
-        for which, what in found
-        if which
-    ]
-    for note in notes:
-        notify(note)
-    return notes
+    return told(
+        [
+            f"{len(which)} masks hold {what}: {named(samples[i].mask for i in which)}"
+            for which, what in found
+            if which
+        ]
+    )
 
 
 # --- space on the disk ---------------------------------------------------------------------------

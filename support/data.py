@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from support import healthy
 from support.cache import Files, cached
 from support.folders import other_kind
 from support.layouts import Dataset, Sample
@@ -271,6 +272,20 @@ def decode(
     )
     _tell(unreadable, left_out)
     return images, np.array([i for i in range(len(paths)) if i not in unreadable], dtype=np.int64)
+
+
+def decode_train(
+    paths: Sequence[Path], share: float, size: int, cache_dir: str | Path, **how: Any
+) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray]:
+    """Decode the healthy images: those that train, and those that --healthy-share holds out.
+
+    how:     as `decode` takes them.
+    returns: the files that train, images (N, 3, S, S), and held-out images (H, 3, S, S).
+    """
+    fit, others = healthy.split(paths, share)
+    images, kept = decode([*fit, *others], size, cache_dir, **how)
+    count = int((kept < len(fit)).sum())  # of those that train: the first ones
+    return tuple(fit[i] for i in kept[:count]), images[:count], images[count:]
 
 
 def decode_masks(

@@ -96,10 +96,10 @@ def prepare(config: Config, folder: Path) -> Images:
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
     how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": left_out}
-    fit, others = healthy.split(dataset.train, config.healthy_share)
-    decoded, kept = data.decode([*fit, *others], size, cache, **how)
-    count = int((kept < len(fit)).sum())  # of those that train: the first ones
-    dataset = dataclasses.replace(dataset, train=tuple(fit[i] for i in kept[:count]))
+    fit, train, kept_out = data.decode_train(
+        dataset.train, config.healthy_share, size, cache, **how
+    )
+    dataset = dataclasses.replace(dataset, train=fit)
     test = masks = known = None
     if dataset.test:
         dataset, test, masks, known = data.decode_test(dataset, size, cache, **how)
@@ -110,7 +110,6 @@ def prepare(config: Config, folder: Path) -> Images:
         content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
         content |= {"values_shown": window, "images": digest}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
-    train, kept_out = decoded[:count], decoded[count:]
     pixels = data.resident(train, torch.device(config.device))
     return Images(dataset, train, pixels, test, masks, known, kept_out, tuple(notes))
 
@@ -337,10 +336,10 @@ def plan(config: Config, images: Images, folder: Path) -> str:
         f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
         f"batches of {config.batch_size} images ({views} views)"
     )
-    if not config.trains:
-        training = (
-            f"no pre-training: {f'encoder of {config.encoder}' if config.encoder else 'none'}"
-        )
+    if config.encoder:
+        training = f"no pre-training: encoder of {config.encoder}"
+    elif not config.trains:
+        training = "no pre-training: none"
     return (
         f"{dataset.root}: {dataset.layout}; {train} healthy training images, "
         f"{len(images.healthy)} healthy ones kept out (--healthy-share), "

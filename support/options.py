@@ -223,7 +223,7 @@ def _check_method(config: Config) -> None:
             wanted = f"a comma-separated list out of {', '.join(allowed)}"
             raise _bad(config, name, f"{wanted} (--method {config.method})")
         if config.warmup_epochs and (config.warmup_epochs >= config.epochs or terms <= CENTRED):
-            wanted = f"--{name.replace('_', '-')} with one that needs no centres"
+            wanted = f"{option(name)} with one that needs no centres"
             raise _bad(config, "warmup_epochs", f"below --epochs, and {wanted}")
     if config.method == "random" and config.init != "random":
         raise _bad(config, "init", "random for --method random")
@@ -352,7 +352,7 @@ def _continued(options: dict[str, Any], saved: dict[str, Any], folder: Path) -> 
     for name, value in options.items():
         if name not in ("out", "device") and value != saved.get(name, value):
             raise ValueError(
-                f"{folder} was begun with --{name.replace('_', '-')} {saved[name]}, not {value}: "
+                f"{folder} was begun with {option(name)} {saved[name]}, not {value}: "
                 "leave the option out, or begin another run without --resume"
             )
     return saved | options

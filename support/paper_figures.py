@@ -25,7 +25,7 @@ from encoder import seeded, to_unit
 from eval import load as read_detector
 from eval import load_run
 from pmsacl import Pretraining, strong_set
-from support import data, figures, healthy, layouts, phantom
+from support import data, figures, layouts, phantom
 from support.charts import number, spread_out
 from support.depth import window_of_set
 from support.features import COLOURS, POINTS, scatter
@@ -76,9 +76,7 @@ class Run:
 
     def train_images(self) -> Array:
         """(N, 3, S, S) uint8: those that trained, without what --healthy-share held out."""
-        fit, others = healthy.split(self.dataset.train, self.config.healthy_share)
-        images, kept = data.decode([*fit, *others], **self.how())  # as the run has decoded them
-        return images[: int((kept < len(fit)).sum())]
+        return data.decode_train(self.dataset.train, self.config.healthy_share, **self.how())[1]
 
     def test_images(self) -> tuple[layouts.Dataset, Array, Array | None, Array | None]:
         """As data.decode_test.   raises: ValueError if the data set has no test images."""

@@ -140,6 +140,7 @@ def test_frozen_averages_uses_the_batch_and_gives_the_mode_back(synchronised):
         else:
             assert net(x).mean().abs() < 1e-5
     assert not net.training and net.track_running_stats
+    assert torch.equal(net.running_mean, torch.zeros(2))
     assert all(own[name] is value for name, value in net.named_buffers())
     assert [value._version for value in own.values()] == versions  # a backward pass may need them
 
