@@ -1,7 +1,5 @@
 """A_n, MedMix: n synthetic lesions on each image of a batch.  [P:§3.1] [P:§4.2]
 
-Not here: A_0 and the steps of the jitter (weak.py), Fig. 6's augmentations (baselines/strong.py).
-
 B images of S x S pixels in [0, 1]; A classes; N outputs. Rank by rank, the largest lesion of each
 image first: K images have a lesion of the rank, and the longest side of these is s pixels.
 """
@@ -184,8 +182,10 @@ def add_noise(x: Tensor, std: Tensor, generator: Generator) -> Tensor:
 def paste(out: Tensor, mask: Tensor, at: Tensor, patch: Tensor, share: Tensor) -> None:
     """out + share (patch - out) at `at` (K, 3, s, s), and mask[:, 0] where share > 0."""
     out, mask = out.view(-1), mask.view(-1)  # deterministic GPUs garble views that overlap
-    out[at] = out[at].lerp(patch, share).clamp_(0, 1)
-    mask[at[:, :1]] |= share > 0
+    at, first = at.flatten(), at[:, :1].flatten()  # out[at] takes five times as long
+    old = out.index_select(0, at).view_as(patch)
+    out.scatter_(0, at, old.lerp(patch, share).clamp_(0, 1).flatten())
+    mask.scatter_(0, first, mask.index_select(0, first) | (share > 0).flatten())
 
 
 def start(x: Tensor, n: Tensor, generator: Generator, classes: int | None) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,8 @@
-"""A_0, the weak augmentation: SimCLR's, on whole batches.  [P!§4.2 R16]
+"""A_0, the weak augmentation: SimCLR's, on B images of S x S pixels in [0, 1].  [P!§4.2 R16]
 
 Everything works on the device of the images, and every draw comes from an explicit
 `torch.Generator`. For images on a GPU, too, take one on the CPU: nothing then waits for the GPU to
 say on which images a step fires. The strong augmentations (medmix.py) jitter with the same steps.
-
-B images of S x S pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -61,12 +59,12 @@ def weak(
     for images, views in zip(x.split(chunk), out.split(chunk), strict=True):
         b = len(images)
         y = crop(images, crop_boxes(b, side, generator, area), uniform(generator, 0, 1, b) < 0.5)
-        jittered = moved((uniform(generator, 0, 1, b) < jitter_p).nonzero()[:, 0], y)
-        y[jittered] = jitter(y[jittered], tuple(strength * s for s in strengths), generator)
-        greyed = moved((uniform(generator, 0, 1, b) < grey_p).nonzero()[:, 0], y)
-        y[greyed] = luma(y[greyed]).expand(-1, 3, -1, -1)
-        blurred = moved((uniform(generator, 0, 1, b) < blur_p).nonzero()[:, 0], y)
-        y[blurred] = blur(y[blurred], moved(uniform(generator, *SIGMA, b), y)[blurred])
+        at = moved((uniform(generator, 0, 1, b) < jitter_p).nonzero()[:, 0], y)
+        y[at] = jitter(y.index_select(0, at), tuple(strength * s for s in strengths), generator)
+        at = moved((uniform(generator, 0, 1, b) < grey_p).nonzero()[:, 0], y)
+        y[at] = luma(y.index_select(0, at)).expand(-1, 3, -1, -1)
+        at = moved((uniform(generator, 0, 1, b) < blur_p).nonzero()[:, 0], y)
+        y[at] = blur(y.index_select(0, at), moved(uniform(generator, *SIGMA, b), y)[at])
         torch.clamp(y, 0, 1, out=views)  # interpolation and blur may round to 1 + 2^-23
     return out
 
@@ -161,11 +159,12 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
         return x
     r = min(side // 20, BLUR_REACH)
     tap = torch.arange(-r, r + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.softmax(-0.5 * (tap / sigma[:, None]) ** 2, 1)  # (B, 2r+1), sums to 1
-    kernel = kernel.repeat_interleave(3, 0).view(3 * b, 1, 1, 2 * r + 1)
+    sigma = sigma.repeat_interleave(3).view(-1, 1, 1, 1)
+    kernel = torch.softmax(-0.5 * (tap / sigma) ** 2, 3)  # (3 B, 1, 1, 2r + 1), sums to 1
     y = F.pad(x, (r, r, r, r), mode="reflect").reshape(1, 3 * b, side + 2 * r, side + 2 * r)
+    y = y.to(memory_format=torch.channels_last)  # 0.7 of the time at 256 px, on a CPU
     y = F.conv2d(F.conv2d(y, kernel, groups=3 * b), kernel.mT, groups=3 * b)
-    return y.view(b, 3, side, side)
+    return y.reshape(b, 3, side, side)
 
 
 def side_of(x: Tensor) -> int:
