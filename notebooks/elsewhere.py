@@ -109,8 +109,8 @@ if padim_of_anomalib := imported("anomalib.models.image.padim.torch_model"):
 # %% [markdown]
 # ## ONNX: the encoder and PaDiM's scores, for any runtime
 #
-# PaDiM's scoring is a network, a matrix a position and one for the upsampling; written as one
-# module it is exported whole, for batches of any size.
+# PaDiM scores with a network, one matrix for each position and one for the upsampling; written as
+# a single module, all of it is exported, for batches of any size.
 
 
 # %%

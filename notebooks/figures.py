@@ -66,7 +66,7 @@ show(draw(1, run))
 # ## Figure 2: MedMix `[P:Fig.2]`
 #
 # From left to right each healthy image gets none, one, two and three fake lesions. Look at how they
-# differ in colour, texture and shape, and at how their soft rims leave no edge to learn from.
+# differ in colour, texture and shape, and at how their soft rims hide the edge.
 
 # %%
 show(draw(2, run))
@@ -128,8 +128,8 @@ assert all(0 <= value <= 1 for [value] in (strong | classes).values())
 # ## Section 4.6: the features `[P:§4.6]`
 #
 # t-SNE of f_theta's features: healthy images with fake lesions in colours, test images as rings.
-# Where the pre-training works, black rings (normal) lie among the blue dots and red ones
-# (abnormal) among the colours of the lesions.
+# At best, black rings (normal) lie among the blue dots and red ones (abnormal) away from them; real
+# lesions need not lie among the colours of the fake ones.
 
 # %%
 display(Image(run / "figures" / "features.png"))

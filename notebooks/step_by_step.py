@@ -13,8 +13,8 @@
 # %% [markdown]
 # # PMSACL step by step
 #
-# One section per equation, on phantom images, in under two minutes on a CPU. Each section ends with
-# an `assert` on what it claims. The modules hold the method; nothing is defined here.
+# Eq. 1 to 7 and 13 in sections, on phantom images, in a minute or two on a CPU. Most end with an
+# `assert` on what they claim. The modules hold the method; nothing is defined here.
 
 # %%
 import os
