@@ -325,7 +325,7 @@ def evaluate_run(
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
-    notes = [] if root == own else checks.of_other(folder, dataset)
+    notes: list[str] = [] if root == own else checks.of_other(folder, dataset)
     place = folder if root == own else folder_of_other(folder, root)
     to = place / "eval-paper-protocol" if another else place
     old = old if to == folder else {"init": old.get("init", "unknown"), **read_results(to)}
@@ -333,9 +333,10 @@ def evaluate_run(
     dataset, images, masks, known = data.decode_test(
         dataclasses.replace(dataset, train=train), size, place / "cache",
         skip_bad=skip_bad, window=window_of_set([s.path for s in dataset.test], "", config),
+        left_out=notes,
     )  # fmt: skip
     kept = comparable(old, origin(dataset, seed, paper_protocol))
-    kept |= {"data_notes": notes} if notes else {}
+    kept |= {"data_notes": notes} if root != own else {}
     evaluate(
         to, dataset, detectors, images, masks, known, seed=seed, paper_protocol=paper_protocol,
         batch=batch, extra={k: v for k, v in kept.items() if k not in detectors}, home=folder,

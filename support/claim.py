@@ -1,6 +1,6 @@
 """A run's folder belongs to one process; signals that end a run at the end of a step.
 
-A folder is made exclusively, and held by run.lock: the system's lock on that file, which goes with
+A folder is held by run.lock: the system's lock on that file, which goes with
 the process whatever ends it, and the file's text, which says who holds it. Where the system has no
 such locks (Windows, some network disks), and for other hosts, the text alone counts.
 """
@@ -36,9 +36,7 @@ NOT_BEGUN = {"cache", "phantom", LOCK, "config.json.partial"}  # in a folder wit
 # What a run writes into its folder; nothing else in it is ever removed.
 OURS = (
     "cache", "phantom", "figures", "config.json", "results.json", "results.md", "scores.csv",
-    *(f"log{part}.csv" for part in ("", "_local", "_igd_global", "_igd_local")),
-    *(f"checkpoint{part}.pt" for part in ("", "_local", "_igd", "_igd_local")),
-    "encoder.pt", "detector.pt", "detector_igd.pt",
+    "report.html", "log*.csv", "checkpoint*.pt", "encoder*.pt", "detector*.pt",
 )  # fmt: skip
 
 
@@ -66,8 +64,8 @@ class Claim:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, folder / LOCK
-        make_folder(folder.absolute().parent)
-        self.made = self._make()
+        self.made = not folder.exists()
+        make_folder(folder)
         try:
             self.file = self._hold()
         except OSError as error:
@@ -76,20 +74,6 @@ class Claim:
         self.before = set(os.listdir(folder)) - {LOCK}
         for partial in folder.glob("*.partial"):  # of a process that was killed
             partial.unlink(missing_ok=True)
-
-    def _make(self) -> bool:
-        try:
-            self.folder.mkdir()
-        except FileExistsError:
-            if not self.folder.is_dir():
-                raise ValueError(f"--out {self.folder}: is not a folder; name another") from None
-            return False
-        except OSError as error:
-            reason = error.strerror or error
-            raise ValueError(
-                f"--out {self.folder}: cannot be made ({reason}); name another"
-            ) from None
-        return True
 
     def _hold(self) -> int:
         """Lock run.lock; a file that its last holder removed meanwhile is not the one."""
@@ -106,7 +90,7 @@ class Claim:
                 same = False
             if same:
                 os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps(_self()).encode(), 0)
+                os.write(file, json.dumps(_self()).encode())
                 return file
             os.close(file)
 
@@ -118,8 +102,9 @@ class Claim:
 
     def clear(self) -> None:
         """Remove what this process has put into the folder, and the folder if it made it."""
-        for name in set(OURS) - self.before:
-            path = self.folder / name
+        for path in (path for pattern in OURS for path in self.folder.glob(pattern)):
+            if path.name in self.before:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -174,9 +159,9 @@ def claimed(choose: Callable[[], tuple[T, Path]]) -> Iterator[tuple[T, Path]]:
         with signals():
             yield chosen
     except BaseException as error:
-        kept = "config.json" if isinstance(error, KeyboardInterrupt) else "checkpoint.pt"
+        kept = "config.json" if isinstance(error, KeyboardInterrupt) else "checkpoint*.pt"
         for claim in claims:
-            if not (claim.folder / kept).exists():
+            if not any(claim.folder.glob(kept)):
                 claim.clear()
         raise
     finally:
@@ -187,7 +172,7 @@ def claimed(choose: Callable[[], tuple[T, Path]]) -> Iterator[tuple[T, Path]]:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold the folder of an existing run while the block writes into it; raises as Claim."""
-    if not folder.is_dir():  # the block says so
+    if not (folder / "config.json").is_file():  # no run: the block says so
         yield
         return
     with claimed(lambda: (None, folder)):

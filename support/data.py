@@ -226,7 +226,7 @@ def _tell(unreadable: dict[int, str], left_out: list[str] | None) -> None:
     """Print the reasons, and append them to `left_out`."""
     tell(list(unreadable.values()), "the results.md of a run names all of them")
     if left_out is not None:
-        left_out += unreadable.values()
+        left_out += [f"left out: {reason}" for reason in unreadable.values()]
 
 
 # --- data sets -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,4 +104,5 @@ def _memory(device: str) -> str:
         import resource
     except ImportError:  # Windows
         return "what one step needed; see the system's monitor"
-    return size_of(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    return size_of(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

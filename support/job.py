@@ -92,10 +92,9 @@ def prepare(config: Config, folder: Path) -> Images:
     saved, digest = read_config(folder), checks.digest(dataset)
     if saved.get("images", digest) != digest and saved["data"] != config.data:
         raise ValueError(f"{root}: not the images of {saved['data']} that {folder} was begun with")
-    left_out: list[str] = []
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
-    how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": left_out}
+    how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": notes}
     fit, train, kept_out = data.decode_train(
         dataset.train, config.healthy_share, size, cache, **how
     )
@@ -104,7 +103,6 @@ def prepare(config: Config, folder: Path) -> Images:
     if dataset.test:
         dataset, test, masks, known = data.decode_test(dataset, size, cache, **how)
     notes += checks.check_masks(dataset.test, masks, known)
-    notes += [f"left out: {reason}" for reason in left_out]
     checks.check_threads(saved)
     if saved.get("data") != config.data:  # a new run, or images that have moved
         content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
@@ -265,7 +263,7 @@ def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict
     )
     notify(f"fake lesions (untrained): image AUROC {auroc}, AUPRO {aupro}; healthy images only")
     if config.trains and fakes["image_auroc"] <= fakes["untrained"]["image_auroc"]:
-        steps = len(images.train) // config.batch_size * config.epochs
+        steps = max(1, len(images.train) // config.batch_size) * config.epochs
         notify(
             f"so the pre-training, of about {steps} steps, has not paid off yet: try more --epochs "
             "(docs/experiments.md took 1,000 steps)"

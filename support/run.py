@@ -93,7 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
-        with open(partial, "rb") as file:
+        with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut leaves the name without the content
         os.replace(partial, path)
     finally:
@@ -133,9 +133,11 @@ def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
                         raise ValueError
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
-    except OSError:
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # an unpickler may fail in any way on foreign bytes
+    except Exception as error:  # an unpickler may fail in any way on foreign bytes
+        if "allocate memory" in str(error):
+            raise
         raise ValueError(f"{path}: no {what}, or a damaged one; move it away") from None
 
 

@@ -122,11 +122,11 @@ def score_files(
             to.set_scales(first)
             for _ in ahead(to.draw, map(to.add, chain(first, scored))):
                 pass
-    except KeyboardInterrupt:
-        notify(f"interrupted: {made} has what was scored until then")
-        raise
-    except BaseException:
-        shutil.rmtree(new[-1] if new else made, ignore_errors=True)  # and the folders above it
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and (made / "scores.csv").exists():
+            notify(f"interrupted: {made} has what was scored until then")
+        else:
+            shutil.rmtree(new[-1] if new else made, ignore_errors=True)  # and the folders above it
         raise
     if left_out:
         write_file(made / "left_out.txt", encoded("".join(f"{line}\n" for line in left_out)))
@@ -261,7 +261,7 @@ class Output:
         self, folder: Path, judges: dict[str, Judge], files: Sequence[Path], as_json: bool
     ) -> None:
         self.folder, self.judges, self.as_json = folder, judges, as_json
-        self.root = os.path.commonpath([file.absolute().parent for file in files])
+        self.root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
         self.partial = folder / "scores.csv.partial"
         self.table = open(self.partial, "xb")
         heads = (f"{name}_{what}" for name in judges for what in COLUMNS)
@@ -294,7 +294,7 @@ class Output:
 
     def draw(self, of_image: Scored) -> None:
         """Its overlays; in a thread."""
-        place = os.path.relpath(of_image.file.absolute(), self.root) + ".jpg"
+        place = os.path.relpath(os.path.abspath(of_image.file), self.root) + ".jpg"
         for name, (_, heat) in of_image.scores.items():
             if heat is not None and (scale := self.judges[name].scale):
                 target = self.folder / "overlays" / name / place

@@ -159,7 +159,12 @@ def fake_lesions(
 
     images:  (N, 3, S, S) uint8, N >= 4.
     returns: image_auroc, and aupro with the lesions' masks.
+    raises:  ValueError for fewer images.
     """
+    if len(images) < 4:
+        raise ValueError(
+            f"fake lesions are looked for in 4 healthy images or more, got {len(images)}"
+        )
     order = torch.randperm(len(images), generator=seeded(seed, 9)).numpy()
     held = np.sort(order[: min(len(images) // 2, FAKES)])
     fitted = np.sort(order[len(held) :][:FITTED])

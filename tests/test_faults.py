@@ -959,6 +959,21 @@ def test_a_lock_of_another_host_or_of_this_process_stands(system, tmp_path, monk
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("can't allocate memory: 9 GB")]
+)
+def test_a_file_is_not_called_damaged_for_lack_of_memory(error, tmp_path, monkeypatch):
+    (tmp_path / "x.pt").touch()
+
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as caught:
+        run.read_saved(tmp_path / "x.pt", "checkpoint", "cpu")
+    assert caught.value is error
+
+
 def test_cleaning_up_leaves_what_this_process_did_not_make(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/of-another-run").touch()
@@ -973,6 +988,18 @@ def test_cleaning_up_leaves_what_this_process_did_not_make(tmp_path):
         (tmp_path / "new/figures").mkdir()
         raise ValueError
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_error_keeps_a_run_that_can_be_resumed_and_no_other(begun, tmp_path):
+    made = ["config.json", "encoder.pt", "log_dae.csv", "detector_dae.pt", "report.html"]
+    made += ["checkpoint_dae.pt"] * begun  # of a detector; the pre-training may have none
+    with pytest.raises(FloatingPointError), claim.claimed(lambda: (0, tmp_path / "new")):
+        for name in made:
+            (tmp_path / "new" / name).touch()
+        raise FloatingPointError
+    left = sorted(path.name for path in tmp_path.glob("new/*"))
+    assert left == (sorted(made) if begun else [])
 
 
 # --- signals -------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def fails(folder: Path, *named: str, arguments: tuple[str, ...] = ()) -> None:
 
 
 def folder_with(tmp_path: Path, phantoms: Path) -> Path:
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir(parents=True)
     for path in phantoms.rglob("*.png"):
         target = tmp_path / "data" / path.relative_to(phantoms)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -314,7 +314,12 @@ def test_all_unreadable_files_are_named_and_can_be_skipped(tmp_path, phantoms):
     fails(tmp_path, "text.png", "cut.jpg", "--skip-bad")
     arguments = [*TINY, "--method", "random", "--skip-bad"]
     assert command("--data", str(root), "--out", str(tmp_path / "run"), *arguments)[0] == 0
-    assert (tmp_path / "run/results.json").exists()
+    assert "text.png" in (tmp_path / "run/results.md").read_text()
+    other = folder_with(tmp_path / "other", phantoms)
+    (other / "test/good/broken.png").write_text("not an image")
+    arguments = [str(tmp_path / "run"), "--data", str(other), "--skip-bad"]
+    assert evaluation.main(arguments) == 0
+    assert "broken.png" in next(tmp_path.glob("run/eval-*/results.md")).read_text()
 
 
 def test_mask_of_another_size_and_mask_without_an_image(tmp_path, phantoms):

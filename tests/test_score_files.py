@@ -208,6 +208,23 @@ def test_an_interruption_keeps_what_was_scored(run, new, capsys, monkeypatch):
     assert not list(run.rglob("*.partial"))
 
 
+def test_an_interruption_before_the_first_score_leaves_nothing(run, new, capsys, monkeypatch):
+    def interrupted(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bright, "score", interrupted)
+    assert evaluation.main([str(run), "--score", str(new)]) == 130
+    assert "was scored until then" not in capsys.readouterr().err
+    assert not (run / "scored").exists()
+
+
+def test_overlays_of_paths_with_dots_stay_in_their_folder(run, new):
+    files = [str(new / "inside/../../new/a.png"), str(new / "inside/a.png")]
+    assert evaluation.main([str(run), "--score", *files]) == 0
+    drawn = {str(p.relative_to(run / "scored")) for p in run.glob("scored/**/*.jpg")}
+    assert drawn == {"overlays/bright/a.png.jpg", "overlays/bright/inside/a.png.jpg"}
+
+
 def test_two_scorings_at_once_get_a_folder_each(run, new):
     threads = [
         threading.Thread(target=evaluation.main, args=([str(run), "--score", str(new)],))

@@ -156,6 +156,11 @@ def test_fake_lesions_measure_what_medmix_pastes(monkeypatch):
     assert found["image_auroc"] > 0.9 and found["aupro"] > nothing["aupro"] + 0.3
 
 
+def test_fake_lesions_want_four_images():
+    with pytest.raises(ValueError, match="4 healthy images or more, got 3"):
+        worth.fake_lesions(ResNet18(), torch.zeros(3, 3, 32, 32, dtype=torch.uint8), seed=0)
+
+
 def test_fake_lesions_repeat_and_leave_the_network_alone():
     images, backbone = smooth_images(16), ResNet18(generator(0)).eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
