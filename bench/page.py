@@ -8,13 +8,13 @@ from pathlib import Path
 SPEED = Path(__file__).parent.parent / "docs" / "speed.md"
 
 
-def write_block(name: str, lines: Sequence[str], page: Path = SPEED) -> None:
+def write_block(name: str, lines: Sequence[str]) -> None:
     """Put the lines between <!-- NAME --> and <!-- /NAME -->, in place of what is there."""
     first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(first)
+    before, _, rest = SPEED.read_text(encoding="utf-8").partition(first)
     _, found, after = rest.partition(last)
     if not found:
-        raise ValueError(f"{page}: there is no {first.strip()} and {last} to write between")
+        raise ValueError(f"{SPEED}: there is no {first.strip()} and {last} to write between")
     text = "\n".join(lines)
-    page.write_text(f"{before}{first}\n{text}\n\n{last}{after}", encoding="utf-8")
-    print(f"written to {page}")
+    SPEED.write_text(f"{before}{first}\n{text}\n\n{last}{after}", encoding="utf-8")
+    print(f"written to {SPEED}")

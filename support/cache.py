@@ -70,32 +70,7 @@ def cached(
         unreadable, crc = _write(rows, read, substitute, data, label=label, skip_bad=skip_bad)
         saved = {"unreadable": unreadable, "crc32": crc}
         write_file(marker, json.dumps(saved).encode())
-    return Rows(data, np.uint8, "r").reshape(-1, *shape), unreadable
-
-
-class Rows(np.memmap):
-    """A memory-map that looks, before it is read, whether its file still has all its bytes.
-
-    Reading where a file was cut off is a bus error, which ends the process without a word.
-    """
-
-    def __getitem__(self, index: Any) -> Any:
-        self.check()
-        rows = super().__getitem__(index)
-        return rows if getattr(rows, "_mmap", None) else np.asarray(rows)  # a copy is an array
-
-    def check(self) -> None:
-        """raises: OSError if the file has become shorter."""
-        file = getattr(self, "_mmap", None)  # None: a copy in memory
-        try:
-            cut = file is not None and file.size() < len(file)
-        except (OSError, ValueError):  # the system does not say
-            return
-        if cut:
-            raise OSError(
-                f"{self.filename}: was cut short while the run was reading it; begin the run "
-                "again with --resume, which decodes the images again"
-            )
+    return np.memmap(data, np.uint8, "r").reshape(-1, *shape), unreadable
 
 
 def _complete(data: Path, marker: Path, rows: int, size: int, substitute: int) -> dict | None:

@@ -54,18 +54,16 @@ def gallery(
     scores: Array,
     row: Mapping[str, Any],
     validation: Array,
-    *,
-    count: int = CARDS // 2,
 ) -> Gallery:
     """Misses and false alarms first, then the most and the least abnormal images of each class.
 
     images (N, 3, S, S) uint8, maps (N, S, S), masks (N, S, S) or None, samples, scores (N,): of
     all test images.   row: of results.json, with map_scale.   validation: (N,) bool, not shown
-    unless the row measures them, too.   count: images, at most.
+    unless the row measures them, too.
     """
     labels = np.array([sample.label for sample in samples], bool)
     cards = []
-    for i in choose(scores, labels, row["threshold"], measured_images(row, validation), count):
+    for i in choose(scores, labels, row["threshold"], measured_images(row, validation), CARDS // 2):
         sample, name = samples[i], "/".join(samples[i].path.parts[-2:])
         facts, pictures = "", pictures_of(images[i], maps[i], row["map_scale"], name, scores[i])
         if masks is not None and "pixel_threshold" in row:

@@ -29,11 +29,11 @@ from support.run import read_json, real
 SHOWN = 5  # names in a complaint
 
 
-def named(names: Iterable[Any], shown: int = SHOWN) -> str:
+def named(names: Iterable[Any]) -> str:
     """The first names of a list, and how many more there are."""
     words = [str(name) for name in names]
-    more = f" and {len(words) - shown} more" if len(words) > shown else ""
-    return ", ".join(words[:shown]) + more
+    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return ", ".join(words[:SHOWN]) + more
 
 
 def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:

@@ -55,7 +55,7 @@ from support.run import (
     wait_for_all,
     write_file,
 )
-from support.tables import write_results
+from support.tables import fakes_described, write_results
 from support.together import assist, batch_of_all, offered
 from support.training import check_start, encoder_of, train
 from support.worth import fake_lesions, near_duplicates, trivial_scores
@@ -258,10 +258,7 @@ def watch_fake_lesions(encoder: Encoder, images: Images, config: Config) -> dict
     """How well fake lesions are found, with the encoder and with the untrained one; printed."""
     fakes: dict[str, Any] = fake_lesions(encoder.backbone, images.pixels, seed=config.seed)
     fakes["untrained"] = fake_lesions(untrained(config), images.pixels, seed=config.seed)
-    auroc, aupro = (
-        f"{fakes[k]:.3f} ({fakes['untrained'][k]:.3f})" for k in ("image_auroc", "aupro")
-    )
-    notify(f"fake lesions (untrained): image AUROC {auroc}, AUPRO {aupro}; healthy images only")
+    notify(fakes_described(fakes))
     if config.trains and fakes["image_auroc"] <= fakes["untrained"]["image_auroc"]:
         steps = max(1, len(images.train) // config.batch_size) * config.epochs
         notify(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from measures import auroc, confusion
+from measures import confusion
 from support import charts
 from support.cards import Gallery, cards_html, img, jpeg, measured_images
 from support.healthy import described
@@ -24,7 +24,7 @@ from support.layouts import Dataset
 from support.options import Config, make_config, option
 from support.page import SCORES, Section, glossary, page, recounted, slider, table
 from support.run import read_json, read_rows, write_file
-from support.tables import displayed, measured
+from support.tables import displayed, fakes_described, measured
 
 Array = NDArray[Any]
 
@@ -199,14 +199,8 @@ def _title(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _fakes(results: Mapping[str, Any]) -> str:
-    """How well lesions of MedMix are found, with this network and with the untrained one."""
     fakes = results.get("fake_lesions")
-    if not fakes:
-        return ""
-    rows = [fakes, *filter(None, [fakes.get("untrained")])]  # runs of older versions lack it
-    words = [f"AUROC {row['image_auroc']:.3f}, AUPRO {row['aupro']:.3f}" for row in rows]
-    than = f"; the untrained network has {words[1]}" if len(words) > 1 else ""
-    return f"<p>Fake lesions on healthy training images: {words[0]}{than}.</p>"
+    return f"<p>{fakes_described(fakes)}</p>" if fakes else ""
 
 
 def _value(row: Mapping[str, Any], key: str) -> str:
@@ -233,10 +227,8 @@ def _kinds(
             keep = measured_images(rows[name], validation)
             members = keep & labels & (kinds == kind)
             line = line or [escape(str(kind)), str(int(members.sum()))]
-            value = rows[name].get("kinds", {}).get(kind)
-            if value is None and members.any():
-                against = members | (keep & ~labels)
-                value = auroc(s[against], labels[against])
+            of_kinds = rows[name].get("kinds", {kind: rows[name]["image_auroc"]})  # or one kind
+            value = of_kinds.get(kind) if members.any() else None
             found = int((s[members] >= rows[name]["threshold"]).sum())
             line.append("-" if value is None else f"{value:.3f}, {found} found")
         lines.append(line)

@@ -162,7 +162,7 @@ def _inside(folder: Path) -> list[Path]:
         if REPORT in names:  # the overlays of an earlier scoring
             folders.clear()
             continue
-        images = (n for n in names if not n.startswith(".") and not n.endswith(".heatmap.png"))
+        images = (name for name in names if not name.startswith("."))
         files += [parent / n for n in images if Path(n).suffix.lower() in EXTENSIONS]
     return sorted(files)
 

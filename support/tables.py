@@ -160,8 +160,6 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
     kinds = sorted({kind for row in rows.values() for kind in row.get("kinds", ())})
     lines = [["", "AUC", "95% interval", "over untrained", "mean of map", *kinds]]
     for name, row in rows.items():
-        if "image_auroc_interval" not in row:
-            continue  # of an older run
         low, high = row["image_auroc_interval"]
         cells = [displayed(name), f"{row['image_auroc']:.3f}", f"{low:.3f} to {high:.3f}", "", ""]
         if over := row.get("over_untrained"):
@@ -171,20 +169,22 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
             cells[4] = f"{row['image_auroc_mean_of_map']:.3f}"
         of_kinds = row.get("kinds", {})
         lines.append(cells + [f"{of_kinds[k]:.3f}" if k in of_kinds else "" for k in kinds])
-    if len(lines) == 1:
-        return []
     notes = ["Bootstrap over test images, paired for the differences."]
     if "trivial" in rows:
         notes.append(f"trivial: {rows['trivial']['baseline']}, the best of five without a network.")
     if "f_beta" in rows:
         notes.append("f_beta: 1 - P(no fake lesion), R22.")
     if fakes:
-        notes.append(
-            "Fake lesions in training images that their PaDiM was not fitted on: image AUROC "
-            f"{fakes['image_auroc']:.3f}, AUPRO {fakes['aupro']:.3f} (untrained: "
-            f"{fakes['untrained']['image_auroc']:.3f}, {fakes['untrained']['aupro']:.3f})."
-        )
+        notes.append(fakes_described(fakes))
     return [markdown_table(lines), " ".join(notes) + "\n"]
+
+
+def fakes_described(fakes: Mapping[str, Any]) -> str:
+    """How well fake lesions are found, with the encoder and with the untrained one."""
+    auroc, aupro = (
+        f"{fakes[k]:.3f} ({fakes['untrained'][k]:.3f})" for k in ("image_auroc", "aupro")
+    )
+    return f"Fake lesions in healthy images (untrained): image AUROC {auroc}, AUPRO {aupro}."
 
 
 def _table(

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from encoder import Encoder, ResNet18
-from support.cache import Rows
 from support.claim import deferred
 from support.progress import Meter, notify
 from support.readers import all_finite
@@ -94,11 +93,8 @@ def step(
 
     The one place where a step waits for a GPU, for the forward pass; the backward pass continues.
 
-    raises: FloatingPointError when a term was not finite; then the weights are not finite either;
-            OSError if the file of the images was cut short.
+    raises: FloatingPointError when a term was not finite; then the weights are not finite either.
     """
-    if isinstance(data := getattr(training, "data", None), Rows):
-        data.check()  # here, too: IGD takes its patches past it
     terms = losses()
     read = _reading(torch.stack([term.detach() for term in terms.values()]))
     training.update(terms)
@@ -186,7 +182,6 @@ def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[s
 
 def _restore(training: Any, state: dict[str, Any]) -> tuple[dict[str, float], list]:
     """raises: ValueError or anything else if the state does not fit this training."""
-    fresh = training.state_dict()
     if not all_finite(state):
         raise ValueError("a damaged checkpoint: some weights are not finite; move it away")
     sums, rows = state["sums"], state["log"]
@@ -196,20 +191,7 @@ def _restore(training: Any, state: dict[str, Any]) -> tuple[dict[str, float], li
     training.load_state_dict(state)
     if not (type(training.step_done) is int and 0 <= training.step_done <= training.total):
         raise ValueError(f"a damaged checkpoint: step {training.step_done} of {training.total}")
-    again = training.state_dict()
-    wrong = [name for name in fresh if _form(fresh[name]) != _form(again[name])]
-    if wrong:
-        raise TypeError(f"another {', '.join(wrong)}")
     return sums, rows
-
-
-def _form(value: Any) -> Any:
-    """The types of a state; not its tensors' shapes, which its networks check, nor buffers."""
-    if isinstance(value, Mapping):
-        return {key: _form(part) for key, part in value.items() if key != "state"}
-    if isinstance(value, list | tuple):
-        return [_form(part) for part in value]
-    return type(value)
 
 
 IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"

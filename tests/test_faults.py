@@ -244,9 +244,9 @@ def pretraining() -> pmsacl.Pretraining:
 
 BAD_STATES = [
     ("step_done", -1), ("step_done", 10**9), ("step_done", "1"), ("step_done", None),
-    ("total", 7), ("c", None), ("spread", "wide"), ("init", 3), ("encoder", {}), ("encoder", None),
+    ("total", 7), ("c", None), ("encoder", {}), ("encoder", None),
     ("encoder", [1]), ("optimiser", {}), ("optimiser", {"state": {}, "param_groups": []}),
-    ("sums", None), ("log", None), ("log", [1]), ("sums", {"ctr": "x"}), ("collapsed", "no"),
+    ("sums", None), ("log", None), ("log", [1]), ("sums", {"ctr": "x"}),
 ]  # fmt: skip
 
 
@@ -1173,14 +1173,3 @@ def test_what_is_to_blame_is_named(pretraining, tmp_path):
     torch.save(weights, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match="--init .*nan.pt: some weights are infinite or NaN"):
         training.start_weights(ResNet18(), str(tmp_path / "nan.pt"))
-
-
-def test_a_cache_that_is_cut_short_is_an_error_and_no_crash(tmp_path):
-    paths = [picture(tmp_path / f"{i}.png", i) for i in range(6)]
-    images, _ = data.decode(paths, S, tmp_path / "cache")
-    assert type(images[[0, 5]]) is np.ndarray and images[2:].shape == (4, 3, S, S)
-    (rows,) = (tmp_path / "cache").glob("*.u8")
-    os.truncate(rows, 100)
-    for read in (lambda: images[0], lambda: images[2:], lambda: images[[0, 5]]):
-        with pytest.raises(OSError, match="was cut short.*--resume"):
-            read()

@@ -223,7 +223,7 @@ def test_rows_that_others_add_are_shown_if_they_are_there(tmp_path):
     assert_well_made(page)
     for words in (
         "0.650 [0.610, 0.690]", "(16 x 16)", "0.123, ", "0.987, ", "0.456",
-        "AUROC 0.710, AUPRO 0.320; the untrained network has AUROC 0.610, AUPRO 0.220.",
+        "(untrained): image AUROC 0.710 (0.610), AUPRO 0.320 (0.220).",
         "padim's AUROC differs by -0.050", "-0.090 to +0.010", "f_beta",
     ):  # fmt: skip
         assert words in page.text, words
