@@ -246,9 +246,9 @@ def _write(
     validation: Array,
     shown: Mapping[str, cards.Gallery],
 ) -> None:
-    write_results(folder, results)
     write_scores(folder, dataset.test, scores, results, validation, detectors)
     report.write_report(home, dataset, results, scores, validation, shown, folder)
+    write_results(folder, results)
 
 
 OfSet = tuple[Array, Array, Array | None, Sequence[layouts.Sample], Array, Mapping[str, Any]]

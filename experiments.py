@@ -30,8 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from support import layouts
-from support.checks import check_places
+from support import checks, layouts
 from support.claim import claimed
 from support.compared import NAMES, chosen, deciding
 from support.figures import png
@@ -76,6 +75,17 @@ def dataset_name(config: Config) -> str:
 def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
     """Whether a saved config.json has these settings; one that it lacks had its default."""
     return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in deciding(config))
+
+
+def check_images(config: Config, out: Path) -> None:
+    """raises: ValueError if a run with these settings was begun with other images."""
+    begun_with = read_json(folder_of(config, out) / "config.json").get("images")
+    if begun_with and config.data:
+        if begun_with != checks.digest(layouts.discover(config.data, seed=config.seed)):
+            raise ValueError(
+                f"{folder_of(config, out)}: a run with other images than {config.data} holds now; "
+                "name another --out"
+            )
 
 
 def run_job(config: Config, out: Path, keep: bool) -> None:
@@ -163,6 +173,7 @@ def carry_out(name: str, rows: list[Row], out: Path, keep: bool) -> Iterator[lis
     todo = [(i, seed) for seed in range(seeds) for i, row in enumerate(rows) if row.configs]
     for count, (i, seed) in enumerate(todo, 1):
         config = rows[i].configs[seed]
+        check_images(config, out)
         if result_of(config, rows[i].detector, out) is None and not rows[i].failure:
             left = time_left([row for row in rows if not row.failure], out)
             notify(f"\n{name}: {rows[i].name}, seed {seed} (run {count} of {len(todo)}{left})")
@@ -224,6 +235,7 @@ def pictures(args: argparse.Namespace, common: dict[str, Any]) -> Iterator[Path]
 def finished(config: Config, args: argparse.Namespace) -> Path:
     """The folder of the finished run with these settings; what is missing is run."""
     folder = folder_of(config, args.out)
+    check_images(config, args.out)
     if not (folder / "results.json").exists():
         notify(f"\nthe run of the pictures: {folder}")
         run_job(config, args.out, args.keep)
@@ -331,7 +343,7 @@ def _common_options(
         raise ValueError(f"--run {args.run} has its own settings: leave out {given}")
     if not options.get("data"):
         return options, "phantom", ""
-    check_places(options["data"], args.out)
+    checks.check_places(options["data"], args.out)
     check_start(options.get("encoder", ""), options.get("init", "auto"), args.out)
     dataset = layouts.discover(options["data"])
     if not dataset.test and (args.table or args.sweep or set(args.figure) - {1, 2}):

@@ -140,6 +140,10 @@ def _write(
         if unreadable and (not skip_bad or len(unreadable) == len(rows)):
             raise ValueError(complaint(list(unreadable.values()), len(rows), skip_bad))
         os.replace(part, target)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not name the file
+            error.filename = str(target)
+        raise
     finally:
         part.unlink(missing_ok=True)
     return unreadable, crc

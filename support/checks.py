@@ -138,7 +138,9 @@ def check_unused(dataset: Dataset) -> list[str]:
     mine |= {os.path.realpath(sample.path) for sample in dataset.test}
     unused: dict[str, int] = {}
     for parent, folders, files in walk(dataset.root, lambda e: failed.append(str(e.filename))):
-        folders[:] = [f for f in folders if visible(f) and f.lower() not in MASKS]
+        folders[:] = filter(visible, folders)
+        if MASKS & {part.lower() for part in parent.relative_to(dataset.root).parts}:
+            continue
         images = [f for f in files if visible(f) and Path(f).suffix.lower() in EXTENSIONS]
         left = [f for f in images if os.path.realpath(parent / f) not in mine]
         if left and dataset.layout != "HyperKvasir":  # which is drawn from

@@ -32,11 +32,17 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 LOCK = "run.lock"
-NOT_BEGUN = {"cache", "phantom", LOCK, "config.json.partial"}  # in a folder without a run
+NOT_BEGUN = {
+    "cache",
+    "phantom",
+    ".phantom.part",
+    LOCK,
+    "config.json.partial",
+}  # in a folder without a run
 # What a run writes into its folder; nothing else in it is ever removed.
 OURS = (
-    "cache", "phantom", "figures", "config.json", "results.json", "results.md", "scores.csv",
-    "report.html", "log*.csv", "checkpoint*.pt", "encoder*.pt", "detector*.pt",
+    "cache", "phantom", ".phantom.part", "figures", "config.json", "results.json", "results.md",
+    "scores.csv", "report.html", "log*.csv", "checkpoint*.pt", "encoder*.pt", "detector*.pt",
 )  # fmt: skip
 
 

@@ -90,8 +90,8 @@ def prepare(config: Config, folder: Path) -> Images:
     dataset.check_test()  # before anything of a user's data is written
     notes = checks.at_the_start(config, folder, dataset)
     saved, digest = read_config(folder), checks.digest(dataset)
-    if saved.get("images", digest) != digest and saved["data"] != config.data:
-        raise ValueError(f"{root}: not the images of {saved['data']} that {folder} was begun with")
+    if saved.get("images", digest) != digest:
+        raise ValueError(f"{root}: not the images that {folder} was begun with; begin another run")
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
     how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": notes}
@@ -175,8 +175,8 @@ def end_without_test(
 ) -> None:
     """Write the results without test images, and print how to score some."""
     results["healthy"] = healthy.summary(detectors)
-    write_results(folder, results)
     write_report(folder, images.dataset, results)
+    write_results(folder, results)
     for name, row in results["healthy"].items():
         notify(healthy.described(name, row))
     run = shlex.quote(str(folder))

@@ -291,11 +291,12 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         "--resume", nargs="?", const="", metavar="RUN", help="continue this run (default: --out)"
     )
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    for name in ("data", "out"):
-        if options.get(name) == "":  # of a shell's variable that is not set
-            parser.error(f"argument --{name}: is empty")
-    for name in {"data", "encoder"} & {name for name in options if options[name]}:
-        options[name] = str(real(options[name]))  # a run may be resumed from elsewhere
+    for name, value in options.items():
+        if value == "" and name != "resume":  # of a shell's variable that is not set
+            parser.error(f"argument {option(name)}: is empty")
+        weights = name == "init" and value not in ("auto", "imagenet", "random")
+        if name in ("data", "encoder") or weights:
+            options[name] = str(real(value))  # a run may be resumed from elsewhere
     if options.pop("as_printed"):
         options = AS_PRINTED | options
     check_encoder(options)

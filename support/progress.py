@@ -57,6 +57,7 @@ def quietly(main: Callable[[], int]) -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None where the shell has closed it
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -96,6 +96,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut leaves the name without the content
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not name the file
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -201,7 +205,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def join_processes() -> None:
     """Join the other processes, if torchrun started this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("WORLD_SIZE is set without LOCAL_RANK: use torchrun, or unset it")
         gpus, rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         if rank < gpus:
             torch.cuda.set_device(rank)

@@ -26,7 +26,7 @@ from support import data, figures
 from support.cache import ahead, attempt, complaint
 from support.claim import OURS
 from support.depth import window_of_set
-from support.folders import EXTENSIONS, walk
+from support.folders import EXTENSIONS, visible, walk
 from support.healthy import Healthy
 from support.new_images import REPORT, NewImages, write_score_report
 from support.progress import notify, ours_alone, progress, show
@@ -116,7 +116,9 @@ def score_files(
         with Output(made, judges, files, as_json) as to:
             read = functools.partial(_read, size=size, window=window)
             shown = progress(ahead(functools.partial(attempt, read), files), len(files), "scoring")
-            scored = _scored(detectors, _readable(shown, skip_bad, left_out), batch)
+            scored = _scored(
+                detectors, _readable(shown, skip_bad, left_out), min(batch, len(files))
+            )
             lacking = any(judge.scale is None for judge in judges.values())
             first = list(islice(scored, MAPS_FOR_SCALE if lacking else 0))
             to.set_scales(first)
@@ -158,12 +160,16 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 def _inside(folder: Path) -> list[Path]:
     files: list[Path] = []
-    for parent, folders, names in walk(folder):
+    failed: list[str] = []
+    for parent, folders, names in walk(folder, lambda error: failed.append(str(error.filename))):
+        folders[:] = filter(visible, folders)
         if REPORT in names:  # the overlays of an earlier scoring
             folders.clear()
             continue
-        images = (name for name in names if not name.startswith("."))
+        images = filter(visible, names)
         files += [parent / n for n in images if Path(n).suffix.lower() in EXTENSIONS]
+    if failed:
+        raise ValueError(f"{failed[0]}: this folder cannot be read")
     return sorted(files)
 
 

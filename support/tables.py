@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from support.healthy import described
 from support.layouts import Dataset, Sample
 from support.progress import notify
-from support.run import encoded, write_file
+from support.run import encoded, read_rows, write_file
 
 Printed = tuple[str, tuple[str, ...], dict[str, tuple[float | None, ...]]]
 
@@ -62,9 +62,9 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
         return value.item() if isinstance(value, np.generic) else str(value)
 
     content = json.dumps(results, indent=2, allow_nan=False, default=plain)
-    write_file(folder / "results.json", f"{content}\n".encode())
     if measured(results):
         write_file(folder / "results.md", encoded(results_table(results)))
+    write_file(folder / "results.json", f"{content}\n".encode())  # the mark of a finished run
 
 
 def displayed(name: str) -> str:
@@ -225,6 +225,17 @@ def quoted(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
 
 
+def _kept_columns(
+    file: Path, samples: Sequence[Sample], names: Collection[str]
+) -> dict[str, list[str]]:
+    """Columns of the scores.csv of the same images, of rows that have not been scored again."""
+    old = read_rows(file) if file.is_file() else []
+    if not old or [row.get("path") for row in old] != [str(s.path) for s in samples]:
+        return {}
+    columns = [column for column in old[0] if column.rpartition("_")[0] in names]
+    return {column: [row[column] for row in old] for column in columns}
+
+
 def write_scores(
     folder: Path,
     samples: Sequence[Sample],
@@ -249,5 +260,8 @@ def write_scores(
             columns.append(f"{name}_percentile")
             added.append(known.percentile(s).round(2).tolist())
         cells = [[*row, *more] for row, *more in zip(cells, *added, strict=True)]
+    kept = _kept_columns(folder / "scores.csv", samples, measured(rows).keys() - scores.keys())
+    columns += kept
+    cells = [[*row, *more] for row, *more in zip(cells, *kept.values(), strict=True)]
     text = "".join(",".join(map(str, row)) + "\n" for row in [columns, *cells])
     write_file(folder / "scores.csv", encoded(text))

@@ -56,6 +56,8 @@ def train(
     networks = getattr(training, "networks", None)
     with deferred(together=networks is not None) as asked:
         sums, rows = load(training, checkpoint) if checkpoint.exists() else ({}, [])
+        if rows and ranks()[0] == 0:
+            write_rows(log, rows)  # a kill may have come between the two files
         losses = averaged(training.losses, networks) if networks else training.losses
         meter = Meter(training.step_done, training.total, training.images)
         saved = time.monotonic()
@@ -127,8 +129,9 @@ def _remedy(training: Any, checkpoint: Path, done: int) -> str:
     """What to change (the rate, only if a step was taken at it), and which state is kept."""
     kept = f"the last good state is kept in {checkpoint}"
     config = getattr(training, "config", None)
-    change = f"lower {training.rate_option} ({training.rate:g})"
-    if config is not None and training.rate * config.weight_decay > 1:
+    rate = getattr(training, "start_rate", training.rate)
+    change = f"lower {training.rate_option} ({rate:g})"
+    if config is not None and rate * config.weight_decay > 1:
         change = f"lower --weight-decay ({config.weight_decay:g})"
     elif done == 0:
         change = "no step was taken, so the rate is not to blame: the options of the loss are"
@@ -273,12 +276,14 @@ def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
 def check_start(encoder: str, init: str, folder: Path, *, local: bool = False) -> None:
     """Try --encoder or --init before an image is read.
 
-    folder:  of the run; one with a checkpoint needs --init no more.
+    folder:  of the run; one with its checkpoints needs --init no more.
     local:   an encoder of patches is needed, too.
     raises:  ValueError or OSError as `encoder_of` and `start_weights`.
     """
     if encoder:
         for name in ("encoder.pt", "encoder_local.pt")[: 1 + local]:
             encoder_of(Path(encoder), name, "cpu")
-    elif not (init in ("auto", "imagenet") or (folder / "checkpoint.pt").exists()):
+    elif init not in ("auto", "imagenet") and not all(
+        (folder / f"checkpoint{part}.pt").exists() for part in ("", "_local")[: 1 + local]
+    ):
         start_weights(ResNet18(), init)

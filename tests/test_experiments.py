@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import experiments
-from support import phantom, sheets, tables
+from support import checks, layouts, phantom, sheets, tables
 from support.compared import COMPARED
 from support.options import PRESETS, Config, make_config
-from support.rows import ROWS, read_sweep, rows_of, with_more
+from support.rows import ROWS, Row, read_sweep, rows_of, with_more
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -189,6 +190,21 @@ def test_runs_are_found_again_by_their_settings(tmp_path):
     igd = finished(tmp_path, config(detector="igd"), 0.5)
     assert igd != folder and experiments.folder_of(config(detector="igd"), tmp_path) == igd
     assert experiments.folder_of(config(detector="igd", igd_epochs=3), tmp_path) != igd
+
+
+def test_a_run_with_other_images_is_not_shown_as_one_with_these(images, tmp_path):
+    this = make_config({"data": str(images), "preset": "quick", "image_size": 32, "init": "random"})
+    experiments.check_images(this, tmp_path)  # nothing has been run
+    saved = dataclasses.asdict(this) | {"images": checks.digest(layouts.discover(images))}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(saved))
+    experiments.check_images(this, tmp_path)
+    (folder / "config.json").write_text(json.dumps(saved | {"images": "of another day"}))
+    with pytest.raises(ValueError, match="run: a run with other images than .*phantom holds now"):
+        experiments.check_images(this, tmp_path)
+    with pytest.raises(ValueError, match="other images"):
+        list(experiments.carry_out("table", [Row("a", "", (this,), "padim", {})], tmp_path, False))
 
 
 def test_means_and_deviations_are_over_the_seeds(tmp_path):

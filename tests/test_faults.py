@@ -727,10 +727,11 @@ BAD_RUNS = [
     *((f"{QUICK} --encoder {p}", "--encoder .*no encoder.pt here") for p in (
         "nothing", "file", "empty", "pipe", "loop", "run", "other.pt",
     )),
-    *((f"{QUICK} --init {p}", f"--init {p}") for p in ("x", "empty", "pipe", "file", "other.pt")),
+    *((f"{QUICK} --init {p}", f"--init .*{p}") for p in ("x", "empty", "pipe", "file", "other.pt")),
     (f"{QUICK} --encoder nan", "--encoder .*nan: some weights of encoder.pt are infinite or NaN"),
-    (f"{QUICK} --init nan/encoder.pt", "--init nan/encoder.pt: some weights are infinite or NaN"),
-    *((f"{QUICK} --init {p}", f"--init {p}") for p in ("loop", "nowhere", "run/config.json")),
+    (f"{QUICK} --init nan/encoder.pt", "--init .*nan/encoder.pt: some weights are infinite or NaN"),
+    *((f"{QUICK} --init {p}", f"--init .*/{p}") for p in ("loop", "run/config.json")),
+    (f"{QUICK} --init nowhere", "--init .*/is-not-there"),
     *((f"{QUICK} --detector {names}", "--detector must be both, or some of padim") for names in (
         ",", "padim,", ",padim", "padim,padim", "PaDiM", "both,dae", "padim;dae", "untrained",
         "'padim, dae'", "f_beta",
@@ -764,7 +765,7 @@ BAD_TABLES = [
     ("--table 9 --data set --detector padim,", "--detector must be"),
     ("--table 9 --data set --preset fast", "--preset must be"),
     ("--table 9 --data set --encoder run", "--encoder .*no encoder.pt here"),
-    ("--table 9 --data set --init other.pt", "--init other.pt: no state dict"),
+    ("--table 9 --data set --init other.pt", "--init .*other.pt: no state dict"),
     *((f"--table 9 --data set --out {o}", "lies in --data") for o in ("set", "set/a", "set/a/b")),
     *((f"--table 9 --data set --out {o}", "cannot be made") for o in ("file", "file/a", "/proc/a")),
     ("--table 9 --data set --out ''", "--out: is empty"),

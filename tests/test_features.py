@@ -105,6 +105,10 @@ def test_the_figure_is_written_with_test_images_and_without(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(averages, encoder.buffers(), strict=True))
     draw_features(encoder, train[:2], None, dataset, config, tmp_path / "c")
     assert not (tmp_path / "c").exists()  # six points say nothing
+    with torch.no_grad():
+        encoder.head[0].weight.fill_(1e38)  # finite, but not what it gives
+    with pytest.raises(FloatingPointError, match="not finite; lower --lr"):
+        draw_features(encoder, train, None, dataset, config, tmp_path / "d")
 
 
 def test_every_group_has_its_own_mark():

@@ -107,6 +107,13 @@ def together(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def test_processes_want_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is set without LOCAL_RANK"):
+        run.join_processes()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_processes_give_what_one_gives(world, tmp_path):

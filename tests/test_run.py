@@ -153,12 +153,14 @@ def test_a_run_that_is_evaluated_again_keeps_what_it_knew(finished, tmp_path, ca
     before = json.loads((folder / "results.json").read_text())
     assert evaluation.main([str(folder)]) == 0
     captured = capsys.readouterr()
-    assert "left out" not in captured.err and "Fake lesions in training images" in captured.out
+    assert "left out" not in captured.err and "Fake lesions in healthy images" in captured.out
     after = json.loads((folder / "results.json").read_text())
     assert after["fake_lesions"] == before["fake_lesions"]
     assert {"padim", "untrained", "trivial", "f_beta"} <= set(after)
     assert "Without heat maps, so not in this table: f_beta, trivial." in captured.out
     assert after["padim"]["image_auroc"] == before["padim"]["image_auroc"]
+    rows = [run.read_rows(place / "scores.csv") for place in (finished, folder)]
+    assert [sorted(row.items()) for row in rows[0]] == [sorted(row.items()) for row in rows[1]]
 
 
 def test_resume_takes_the_options_of_the_run_and_refuses_others(finished, capsys):
@@ -187,9 +189,12 @@ def test_resume_finds_images_by_another_path_or_in_another_place(
     shutil.copytree(tmp_path / "moved", tmp_path / "another")
     (tmp_path / "another/train/good/0000.png").rename(tmp_path / "another/train/good/x.png")
     assert job.main(["--data", "../another", "--resume", folder]) == 2
-    assert f"another: not the images of {tmp_path / 'set'} that {folder}" in capsys.readouterr().err
+    assert f"another: not the images that {folder} was begun with" in capsys.readouterr().err
     assert job.main(["--data", "../moved", "--resume", folder]) == 0
     assert job.main(["--resume", folder]) == 0
+    (tmp_path / "moved/train/good/0000.png").rename(tmp_path / "moved/train/good/x.png")
+    assert job.main(["--resume", folder]) == 2  # the same place, other images
+    assert f"moved: not the images that {folder} was begun with" in capsys.readouterr().err
 
 
 def test_resume_takes_no_folder_that_is_no_run(phantoms, tmp_path, monkeypatch, capsys):

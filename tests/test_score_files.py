@@ -225,6 +225,20 @@ def test_overlays_of_paths_with_dots_stay_in_their_folder(run, new):
     assert drawn == {"overlays/bright/a.png.jpg", "overlays/bright/inside/a.png.jpg"}
 
 
+def test_hidden_folders_are_not_scored_and_unreadable_ones_are_named(run, new, monkeypatch):
+    for folder in (".thumbs", "__MACOSX"):
+        grey(new / folder / "x.png", 9)
+    assert len(score_files.image_files([new])) == 3
+
+    def walk(folder, failed):
+        failed(PermissionError(13, "Permission denied", str(folder / "secret")))
+        yield folder, [], ["a.png"]
+
+    monkeypatch.setattr(score_files, "walk", walk)
+    with pytest.raises(ValueError, match="secret: this folder cannot be read"):
+        score_files.image_files([new])
+
+
 def test_two_scorings_at_once_get_a_folder_each(run, new):
     threads = [
         threading.Thread(target=evaluation.main, args=([str(run), "--score", str(new)],))

@@ -103,10 +103,14 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert stored["seconds"] == {"fit": 1.5} and stored["config"] == {"data": "x"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.md"]
 
-    def fails(*_):
-        raise OSError("disk full")
+    def fails(*what):
+        raise OSError(*what)
 
-    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(os, "fsync", lambda file: fails(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left on device: '.*results.json'"):
+        write_file(tmp_path / "results.json", b"new")  # the system does not say which file
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", lambda *_: fails("disk full"))
     before = (tmp_path / "results.json").read_bytes()
     with pytest.raises(OSError, match="disk full"):
         write_file(tmp_path / "results.json", b"new")

@@ -53,6 +53,14 @@ def by_hand(steps):
     return w
 
 
+def test_a_log_that_a_kill_left_out_is_written_at_the_next_start(tmp_path):
+    rows = train(Toy(), tmp_path / "c.pt", tmp_path / "log.csv")
+    before = (tmp_path / "log.csv").read_bytes()
+    (tmp_path / "log.csv").unlink()  # the checkpoint is written first
+    assert train(Toy(), tmp_path / "c.pt", tmp_path / "log.csv") == rows
+    assert (tmp_path / "log.csv").read_bytes() == before
+
+
 def test_the_log_has_the_mean_of_each_term_over_an_epoch(tmp_path):
     toy = Toy()
     rows = train(toy, tmp_path / "c.pt", tmp_path / "log.csv")
