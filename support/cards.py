@@ -111,9 +111,11 @@ def pictures_of(
     """The image and its heat map, by their alternative texts."""
     y, x = np.unravel_index(int(np.argmax(heat)), heat.shape)
     where = f"{(x + 0.5) / heat.shape[1]:.0%} from the left, {(y + 0.5) / heat.shape[0]:.0%} down"
+    shown = figures.picture(image, SIDE)
+    heated = figures.overlay(shown.convert("L"), heat, scale)
     return {
-        f"{name}, score {charts.number(score)}": jpeg(figures.picture(image, SIDE)),
-        f"{name}, heat map: brightest {where}": jpeg(figures.overlay(image, heat, scale, SIDE)),
+        f"{name}, score {charts.number(score)}": jpeg(shown),
+        f"{name}, heat map: brightest {where}": jpeg(heated),
     }
 
 

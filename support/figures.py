@@ -38,6 +38,9 @@ def heat_colours(x: Array) -> Array:
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
+_PALETTE = heat_colours(np.arange(256) / 255).tobytes()
+
+
 def map_scale(maps: Array, labels: Array | None = None) -> tuple[float, float]:
     """The ends of the colour scale that all heat maps of a detector share.
 
@@ -106,12 +109,16 @@ def picture(image: Array | Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
-def overlay(image: Array, heat: Array, scale: tuple[float, float], side: int) -> Image.Image:
-    """The heat map's colours over the grey image, on a scale shared by all images."""
-    x = (np.asarray(heat, np.float32) - scale[0]) / (scale[1] - scale[0])
-    resized = Image.fromarray(x).resize((side, side), Image.Resampling.BILINEAR)
-    colours = Image.fromarray(heat_colours(np.asarray(resized)))
-    return Image.blend(picture(image, side).convert("L").convert("RGB"), colours, 0.6)
+def overlay(grey: Image.Image, heat: Array, scale: tuple[float, float]) -> Image.Image:
+    """The heat map's colours over an image, on a scale shared by all images.
+
+    grey: mode L.   heat: (S, S).   scale: the values of the darkest and of the brightest colour.
+    """
+    x = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)
+    small = Image.fromarray(np.round(255 * x).astype(np.uint8))
+    colours = small.resize(grey.size, Image.Resampling.BILINEAR)
+    colours.putpalette(_PALETTE)
+    return Image.blend(grey.convert("RGB"), colours.convert("RGB"), 0.6)
 
 
 def outlined(
@@ -178,7 +185,7 @@ def localisation_figure(
         box, colour = (0, 0, side - 1, side - 1), GREEN if predicted == label else RED
         ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
         columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {VERDICTS[label][predicted]}")
-    heat = [overlay(images[i], maps[i], (low, high), side) for i in cases]
+    heat = [overlay(picture(images[i], side).convert("L"), maps[i], (low, high)) for i in cases]
     cells = {"image": framed, "heat map": heat}
     note = (
         f"Abnormal at a score >= {row['threshold']:.4g}; green frame: judged correctly, red: "
@@ -219,23 +226,12 @@ BAR = 14  # pixels that the colour bar of an overlay is wide
 
 
 def overlay_with_bar(grey: Image.Image, heat: Array, scale: tuple[float, float]) -> Image.Image:
-    """The heat map's colours over an image at its own size, and right of it their scale.
-
-    grey: mode L.   heat: (S, S).   scale: the values of the darkest and of the brightest colour.
-    """
-    x = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)
-    small = Image.fromarray(np.round(255 * x).astype(np.uint8))
-    colours = small.resize(grey.size, Image.Resampling.BILINEAR)
-    colours.putpalette(_PALETTE)
-    blended = Image.blend(grey.convert("RGB"), colours.convert("RGB"), 0.6)
+    """As `overlay`, and right of it the scale."""
     bar = _bar_of_colours(grey.height, *scale)
     sheet = Image.new("RGB", (grey.width + bar.width, grey.height), "white")
-    sheet.paste(blended, (0, 0))
+    sheet.paste(overlay(grey, heat, scale), (0, 0))
     sheet.paste(bar, (grey.width, 0))
     return sheet
-
-
-_PALETTE = heat_colours(np.arange(256) / 255).tobytes()
 
 
 @functools.lru_cache(maxsize=64)  # images of a set have few heights

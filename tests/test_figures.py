@@ -33,10 +33,10 @@ def test_image_grid_holds_its_cells_and_labels():
 
 
 def test_overlay_uses_the_scale_that_is_given():
-    image = np.full((3, 8, 8), 120, np.uint8)
-    low, high = (np.asarray(figures.overlay(image, np.full((8, 8), v), (0, 10), 8)) for v in (1, 9))
+    image = Image.new("L", (8, 8), 120)
+    low, high = (np.asarray(figures.overlay(image, np.full((8, 8), v), (0, 10))) for v in (1, 9))
     assert (high > low).all()
-    again = np.asarray(figures.overlay(image, np.full((8, 8), 0.1), (0, 1), 8))
+    again = np.asarray(figures.overlay(image, np.full((8, 8), 0.1), (0, 1)))
     assert np.abs(again.astype(int) - low).max() <= 1
 
 
