@@ -325,7 +325,7 @@ def evaluate_run(
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
     dataset.check_test()  # before anything is written
-    notes: list[str] = [] if root == own else checks.of_other(folder, dataset)
+    notes = checks.of_other(folder, dataset) if root != own else list(old.get("data_notes", ()))
     place = folder if root == own else folder_of_other(folder, root)
     to = place / "eval-paper-protocol" if another else place
     old = old if to == folder else {"init": old.get("init", "unknown"), **read_results(to)}
@@ -336,7 +336,7 @@ def evaluate_run(
         left_out=notes,
     )  # fmt: skip
     kept = comparable(old, origin(dataset, seed, paper_protocol))
-    kept |= {"data_notes": notes} if root != own else {}
+    kept |= {"data_notes": list(dict.fromkeys(notes))} if notes else {}
     evaluate(
         to, dataset, detectors, images, masks, known, seed=seed, paper_protocol=paper_protocol,
         batch=batch, extra={k: v for k, v in kept.items() if k not in detectors}, home=folder,

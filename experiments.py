@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from support import checks, layouts
+from support.cache import digest
 from support.claim import claimed
 from support.compared import NAMES, chosen, deciding
 from support.figures import png
@@ -77,11 +79,17 @@ def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
     return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in deciding(config))
 
 
+@functools.cache
+def images_now(data: str, seed: int) -> str:
+    dataset = layouts.discover(data, seed=seed)
+    return digest(dataset.images, dataset.root)
+
+
 def check_images(config: Config, out: Path) -> None:
     """raises: ValueError if a run with these settings was begun with other images."""
     begun_with = read_json(folder_of(config, out) / "config.json").get("images")
     if begun_with and config.data:
-        if begun_with != checks.digest(layouts.discover(config.data, seed=config.seed)):
+        if begun_with != images_now(config.data, config.seed):
             raise ValueError(
                 f"{folder_of(config, out)}: a run with other images than {config.data} holds now; "
                 "name another --out"
@@ -173,7 +181,6 @@ def carry_out(name: str, rows: list[Row], out: Path, keep: bool) -> Iterator[lis
     todo = [(i, seed) for seed in range(seeds) for i, row in enumerate(rows) if row.configs]
     for count, (i, seed) in enumerate(todo, 1):
         config = rows[i].configs[seed]
-        check_images(config, out)
         if result_of(config, rows[i].detector, out) is None and not rows[i].failure:
             left = time_left([row for row in rows if not row.failure], out)
             notify(f"\n{name}: {rows[i].name}, seed {seed} (run {count} of {len(todo)}{left})")
@@ -256,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         if tables and not args.show:
             make_folder(args.out)
+        for config in (c for rows in tables.values() for row in rows for c in row.configs):
+            check_images(config, args.out)
         for file in pictures(args, OF_SET.get(of_paper, {}) | common):
             show(f"{file}\n")
         for name, rows in tables.items():

@@ -108,6 +108,12 @@ def stamp(path: Path) -> tuple[str, int, int]:
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
+def digest(paths: Iterable[Path], root: Path) -> str:
+    """Of the files' names below root, and of their sizes."""
+    names = [(os.path.relpath(path, root), stamp(path)[1]) for path in paths]
+    return hashlib.sha256(repr(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def _write(
     rows: Sequence[Files],
     read: Callable[[Files], np.ndarray],

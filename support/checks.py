@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from support.cache import stamp
 from support.compared import chosen
 from support.folders import EXTENSIONS, how_to_convert, visible, walk
 from support.layouts import MASKS, Dataset, Sample, discover
@@ -53,12 +52,6 @@ def told(notes: list[str]) -> list[str]:
     for note in notes:
         notify(note)
     return notes
-
-
-def digest(dataset: Dataset) -> str:
-    """Of the images' names below the data set's folder, and of their sizes."""
-    names = [(os.path.relpath(path, dataset.root), stamp(path)[1]) for path in dataset.images]
-    return hashlib.sha256(repr(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def of_other(run: Path, dataset: Dataset) -> list[str]:

@@ -39,7 +39,7 @@ NOT_BEGUN = {
     LOCK,
     "config.json.partial",
 }  # in a folder without a run
-# What a run writes into its folder; nothing else in it is ever removed.
+# What a run writes into its folder; nothing with other names, or older, is ever removed.
 OURS = (
     "cache", "phantom", ".phantom.part", "figures", "config.json", "results.json", "results.md",
     "scores.csv", "report.html", "log*.csv", "checkpoint*.pt", "encoder*.pt", "detector*.pt",

@@ -32,6 +32,7 @@ from eval import evaluate
 from igd import IGD
 from pmsacl import pretrain
 from support import checks, data, healthy, layouts, phantom
+from support.cache import digest
 from support.claim import claimed
 from support.compared import chosen, fit
 from support.depth import window_of_set
@@ -89,8 +90,8 @@ def prepare(config: Config, folder: Path) -> Images:
     dataset = layouts.discover(root, seed=config.seed)
     dataset.check_test()  # before anything of a user's data is written
     notes = checks.at_the_start(config, folder, dataset)
-    saved, digest = read_config(folder), checks.digest(dataset)
-    if saved.get("images", digest) != digest:
+    saved, images = read_config(folder), digest(dataset.images, root)
+    if saved.get("images", images) != images:
         raise ValueError(f"{root}: not the images that {folder} was begun with; begin another run")
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
@@ -106,7 +107,7 @@ def prepare(config: Config, folder: Path) -> Images:
     checks.check_threads(saved)
     if saved.get("data") != config.data:  # a new run, or images that have moved
         content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
-        content |= {"values_shown": window, "images": digest}
+        content |= {"values_shown": window, "images": images}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
     pixels = data.resident(train, torch.device(config.device))
     return Images(dataset, train, pixels, test, masks, known, kept_out, tuple(notes))

@@ -18,7 +18,7 @@ from torch import Tensor
 from encoder import ResNet18
 from support.healthy import of_state
 from support.progress import notify
-from support.run import read_json
+from support.run import read_json, short_of_memory
 from support.tables import measured
 
 CONFIG = ("image_size", "seed", "data")  # what every version has written
@@ -90,14 +90,14 @@ def read_results(folder: Path) -> dict[str, Any]:
             wrong.append("images")
         if not isinstance(row.get("notes", []), list):
             wrong.append("notes")
-        if not _is_pair(row.get("map_scale", [0, 1])):
-            wrong.append("map_scale")
+        pairs = ("map_scale", "image_auroc_interval")
+        wrong += [key for key in pairs if not _is_pair(row.get(key, [0, 1]))]
         if wrong:
             raise ValueError(
                 f"{path}: {name} has no usable {', '.join(wrong)}: damaged; evaluate the run again "
                 "without that file"
             )
-        if not row.keys() >= {*ROW_NUMBERS, "images", "notes"}:
+        if not row.keys() >= {*ROW_NUMBERS, "images", "notes", "image_auroc_interval"}:
             notify(f"left out: the row {name} of {path}, of an older version of this program")
             del results[name]
     seconds = results.get("seconds", {})
@@ -150,9 +150,9 @@ def build_detector(
         detector = kind.of(state, start)
         detector.healthy = of_state(state.get("healthy"))
         maps, scores = detector.score(np.zeros((1, 3, size, size), np.uint8))
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # whatever is missing or of another shape
+        if short_of_memory(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{path}: a damaged detector, or of another version of this program ({reason[:160]})"

@@ -74,10 +74,15 @@ def pick_device(name: str) -> str:
     return name
 
 
+def short_of_memory(error: Exception) -> bool:
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return memory or "allocate memory" in str(error)  # a RuntimeError on a CPU
+
+
 def lack(error: MemoryError | RuntimeError) -> str:
     """The message for an error of the machine: memory, a lost process; raises any other again."""
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+    if short_of_memory(error):
         return "out of memory: lower --batch-size or --image-size"
     if ranks()[1] > 1:
         return f"another process of this run has ended or cannot be reached ({text[:200]})"
@@ -137,10 +142,10 @@ def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
                         raise ValueError
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except OSError:
         raise
     except Exception as error:  # an unpickler may fail in any way on foreign bytes
-        if "allocate memory" in str(error):
+        if short_of_memory(error):
             raise
         raise ValueError(f"{path}: no {what}, or a damaged one; move it away") from None
 

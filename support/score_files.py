@@ -169,7 +169,7 @@ def _inside(folder: Path) -> list[Path]:
         images = filter(visible, names)
         files += [parent / n for n in images if Path(n).suffix.lower() in EXTENSIONS]
     if failed:
-        raise ValueError(f"{failed[0]}: this folder cannot be read")
+        raise ValueError(f"{failed[0]}: this folder cannot be read; score the others by name")
     return sorted(files)
 
 

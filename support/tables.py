@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from support.cache import digest
 from support.healthy import described
 from support.layouts import Dataset, Sample
 from support.progress import notify
@@ -98,6 +99,7 @@ def papers_name(dataset: Dataset) -> str:
 def origin(dataset: Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:
     """What a row was measured on: rows are comparable if this is the same."""
     source = {"layout": dataset.layout, "root": str(dataset.root)}
+    source["images"] = digest([sample.path for sample in dataset.test], dataset.root)
     return source | {"seed": seed, "paper_protocol": paper_protocol}
 
 
@@ -230,7 +232,8 @@ def _kept_columns(
 ) -> dict[str, list[str]]:
     """Columns of the scores.csv of the same images, of rows that have not been scored again."""
     old = read_rows(file) if file.is_file() else []
-    if not old or [row.get("path") for row in old] != [str(s.path) for s in samples]:
+    same = [row.get("path") for row in old] == [str(s.path) for s in samples]
+    if not (old and same) or any(None in {*row, *row.values()} for row in old):  # or damaged
         return {}
     columns = [column for column in old[0] if column.rpartition("_")[0] in names]
     return {column: [row[column] for row in old] for column in columns}

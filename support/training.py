@@ -34,6 +34,7 @@ from support.run import (
     ranks,
     read_saved,
     save_atomically,
+    short_of_memory,
     write_rows,
 )
 
@@ -177,6 +178,8 @@ def load(training: Any, checkpoint: Path) -> tuple[dict[str, float], list[dict[s
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     except Exception as error:  # whatever is missing or of another shape
+        if short_of_memory(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise ValueError(
             f"{checkpoint}: a damaged checkpoint, or of other settings ({reason}); move it away"
@@ -249,7 +252,9 @@ def start_weights(backbone: ResNet18, init: str) -> str:
         backbone.load_state_dict(weights)
     except OSError as error:
         raise ValueError(f"--init {init}: {error.strerror}") from None
-    except Exception:  # whatever the file holds, it may be anything
+    except Exception as error:  # whatever the file holds, it may be anything
+        if short_of_memory(error):
+            raise
         raise ValueError(
             f"--init {init}: no state dict of a resnet18; give a run's encoder.pt or torchvision's"
         ) from None
@@ -266,7 +271,9 @@ def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
         raise ValueError(f"--encoder {folder}: there is no {name} here{remedy}")
     try:
         encoder.backbone.load_state_dict(weights := read_saved(file, "encoder", "cpu"))
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError) as error:
+        if short_of_memory(error):
+            raise
         raise ValueError(f"{file}: no state dict of a resnet18") from None
     if not all_finite(weights):
         raise ValueError(f"--encoder {folder}: some weights of {name} are infinite or NaN")

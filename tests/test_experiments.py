@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import experiments
-from support import checks, layouts, phantom, sheets, tables
+from support import layouts, phantom, sheets, tables
+from support.cache import digest
 from support.compared import COMPARED
 from support.options import PRESETS, Config, make_config
-from support.rows import ROWS, Row, read_sweep, rows_of, with_more
+from support.rows import ROWS, read_sweep, rows_of, with_more
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -195,7 +196,7 @@ def test_runs_are_found_again_by_their_settings(tmp_path):
 def test_a_run_with_other_images_is_not_shown_as_one_with_these(images, tmp_path):
     this = make_config({"data": str(images), "preset": "quick", "image_size": 32, "init": "random"})
     experiments.check_images(this, tmp_path)  # nothing has been run
-    saved = dataclasses.asdict(this) | {"images": checks.digest(layouts.discover(images))}
+    saved = dataclasses.asdict(this) | {"images": digest(layouts.discover(images).images, images)}
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(saved))
@@ -203,8 +204,6 @@ def test_a_run_with_other_images_is_not_shown_as_one_with_these(images, tmp_path
     (folder / "config.json").write_text(json.dumps(saved | {"images": "of another day"}))
     with pytest.raises(ValueError, match="run: a run with other images than .*phantom holds now"):
         experiments.check_images(this, tmp_path)
-    with pytest.raises(ValueError, match="other images"):
-        list(experiments.carry_out("table", [Row("a", "", (this,), "padim", {})], tmp_path, False))
 
 
 def test_means_and_deviations_are_over_the_seeds(tmp_path):
@@ -374,6 +373,13 @@ def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, 
     assert experiments.main([*command, *OPTIONS, "--keep"]) == 0
     kept = {file.parent.name[-1] for file in out.glob("*/checkpoint.pt")}
     assert kept == {"1"}  # of the new seed's run
+    for file in out.glob("*/config.json"):  # as if they had been run on other images
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"images": "other"}))
+    stamps = {file: file.stat().st_mtime_ns for file in out.glob("pair-phantom-*")}
+    for more in ([], ["--show"]):
+        assert experiments.main([*command, *OPTIONS, *more]) == 2
+        assert "a run with other images than" in capsys.readouterr().err
+    assert stamps == {file: file.stat().st_mtime_ns for file in out.glob("pair-phantom-*")}
 
 
 @pytest.mark.parametrize(

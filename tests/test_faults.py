@@ -168,12 +168,14 @@ def test_a_broken_config_is_named(content, tmp_path):
 
 ROW = {
     **dict.fromkeys(readers.ROW_NUMBERS, 0.5), "notes": [], "map_scale": [0, 1],
+    "image_auroc_interval": [0.4, 0.6],
     "images": dict.fromkeys(readers.ROW_COUNTS, 3),
 }  # fmt: skip
 BAD_ROWS = [
     *((name, v) for name in readers.ROW_NUMBERS[1:] for v in (None, "0.5", math.nan, math.inf)),
     *(("images", v) for v in (None, {}, 3, [1])),
     *(("map_scale", v) for v in (None, [1], [0, math.nan], "0 1")),
+    ("image_auroc_interval", [0.4]),
     ("notes", None),
     ("notes", "none"),
     ("image_auroc", "high"),
@@ -727,7 +729,8 @@ BAD_RUNS = [
     *((f"{QUICK} --encoder {p}", "--encoder .*no encoder.pt here") for p in (
         "nothing", "file", "empty", "pipe", "loop", "run", "other.pt",
     )),
-    *((f"{QUICK} --init {p}", f"--init .*{p}") for p in ("x", "empty", "pipe", "file", "other.pt")),
+    *((f"{QUICK} --init {p}", f"--init .*/{p}: ") for p in ("x", "empty", "pipe", "file")),
+    (f"{QUICK} --init other.pt", "--init .*/other.pt: no state dict"),
     (f"{QUICK} --encoder nan", "--encoder .*nan: some weights of encoder.pt are infinite or NaN"),
     (f"{QUICK} --init nan/encoder.pt", "--init .*nan/encoder.pt: some weights are infinite or NaN"),
     *((f"{QUICK} --init {p}", f"--init .*/{p}") for p in ("loop", "run/config.json")),
@@ -965,14 +968,30 @@ def test_a_lock_of_another_host_or_of_this_process_stands(system, tmp_path, monk
 )
 def test_a_file_is_not_called_damaged_for_lack_of_memory(error, tmp_path, monkeypatch):
     (tmp_path / "x.pt").touch()
+    (tmp_path / "encoder.pt").touch()
 
     def load(*_, **__):
         raise error
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(type(error)) as caught:
-        run.read_saved(tmp_path / "x.pt", "checkpoint", "cpu")
-    assert caught.value is error
+    for read in (
+        lambda: run.read_saved(tmp_path / "x.pt", "checkpoint", "cpu"),
+        lambda: training.load(Toy(), tmp_path / "x.pt"),
+        lambda: training.start_weights(ResNet18(), str(tmp_path / "x.pt")),
+        lambda: training.encoder_of(tmp_path, "encoder.pt", "cpu"),
+    ):
+        with pytest.raises(type(error)) as caught:
+            read()
+        assert caught.value is error
+
+
+def test_the_start_weights_of_patches_are_tried_while_they_are_needed(tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    training.check_start("", str(tmp_path / "gone.pt"), tmp_path)
+    with pytest.raises(ValueError, match="--init .*gone.pt: No such file"):
+        training.check_start("", str(tmp_path / "gone.pt"), tmp_path, local=True)
+    (tmp_path / "checkpoint_local.pt").touch()
+    training.check_start("", str(tmp_path / "gone.pt"), tmp_path, local=True)
 
 
 def test_cleaning_up_leaves_what_this_process_did_not_make(tmp_path):
@@ -1165,7 +1184,10 @@ def test_what_is_to_blame_is_named(pretraining, tmp_path):
     begun.step_done = 0
     assert "not to blame" in training._remedy(begun, tmp_path / "c.pt", begun.step_done)
     begun.step_done = 1
-    assert "lower --lr (" in training._remedy(begun, tmp_path / "c.pt", begun.step_done)
+    begun.step_done = begun.total - 1
+    assert begun.rate < begun.start_rate / 2  # the rate that failed is that of the beginning
+    said = training._remedy(begun, tmp_path / "c.pt", begun.step_done)
+    assert f"lower --lr ({begun.start_rate:g})" in said
     begun.config = dataclasses.replace(begun.config, weight_decay=1.0)
     begun.start_rate = 1000.0
     assert "lower --weight-decay (1)" in training._remedy(begun, tmp_path / "c.pt", begun.step_done)

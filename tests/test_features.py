@@ -107,7 +107,7 @@ def test_the_figure_is_written_with_test_images_and_without(tmp_path):
     assert not (tmp_path / "c").exists()  # six points say nothing
     with torch.no_grad():
         encoder.head[0].weight.fill_(1e38)  # finite, but not what it gives
-    with pytest.raises(FloatingPointError, match="not finite; lower --lr"):
+    with pytest.raises(FloatingPointError, match="not finite; a lower --lr"):
         draw_features(encoder, train, None, dataset, config, tmp_path / "d")
 
 

@@ -322,6 +322,10 @@ def test_all_unreadable_files_are_named_and_can_be_skipped(tmp_path, phantoms):
     assert "text.png" in (tmp_path / "run/results.md").read_text()
     other = folder_with(tmp_path / "other", phantoms)
     (other / "test/good/broken.png").write_text("not an image")
+    (root / "test/good/torn.png").write_text("not an image")
+    assert evaluation.main([str(tmp_path / "run"), "--skip-bad"]) == 0
+    text = (tmp_path / "run/results.md").read_text()
+    assert "torn.png" in text and text.count("text.png") == 1
     arguments = [str(tmp_path / "run"), "--data", str(other), "--skip-bad"]
     assert evaluation.main(arguments) == 0
     assert "broken.png" in next(tmp_path.glob("run/eval-*/results.md")).read_text()

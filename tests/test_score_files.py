@@ -105,6 +105,7 @@ def test_the_runs_own_threshold_goes_before_that_of_healthy_images(run, new, cap
     row = {
         "image_auroc": 1.0, "specificity": 1.0, "sensitivity": 1.0, "accuracy": 1.0, "notes": [],
         "threshold": 0.3, "images": dict.fromkeys(evaluation_counts(), 2), "map_scale": [0.0, 1.0],
+        "image_auroc_interval": [0.9, 1.0],
     }  # fmt: skip
     (run / "results.json").write_text(json.dumps({"bright": row}))
     assert evaluation.main([str(run), "--score", str(new), "--json"]) == 0

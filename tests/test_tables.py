@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from support import tables
-from support.layouts import Dataset
+from support.layouts import Dataset, Sample
 from support.run import write_file
 
 
@@ -86,9 +86,12 @@ def test_the_cells_of_a_table_never_split():
 
 def test_rows_are_of_one_origin_if_data_seed_and_protocol_are_the_same():
     one, other = (Dataset("MVTec", Path(root), (), ()) for root in ("/a", "/b"))
+    more = Dataset("MVTec", Path("/a"), (), (Sample(Path("/a/test/good/1.png"), 0, "good"),))
+    trained = Dataset("MVTec", Path("/a"), (Path("/a/train/good/1.png"),), ())
     same = tables.origin(one, 3, False)
-    assert same == {"layout": "MVTec", "root": "/a", "seed": 3, "paper_protocol": False}
-    changed = [tables.origin(other, 3, False), tables.origin(one, 4, False)]
+    assert same.items() > {"layout": "MVTec", "root": "/a", "seed": 3}.items()
+    assert tables.origin(trained, 3, False) == same  # its test images count
+    changed = [tables.origin(d, seed, False) for d, seed in ((other, 3), (one, 4), (more, 3))]
     assert all(origin != same for origin in [*changed, tables.origin(one, 3, True)])
 
 
