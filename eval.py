@@ -227,8 +227,8 @@ def evaluate(
     if baselines:
         rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
     add_worth(rows, scores, labels, test, [sample.kind for sample in dataset.test], seed)
-    rows = {name: row | {"data": origin(dataset, **shared)} for name, row in rows.items()}
-    results = {"seconds": {}, **rows, **(extra or {})}
+    source = {"data": origin(dataset, **shared)}
+    results = {"seconds": {}, **{k: row | source for k, row in rows.items()}, **(extra or {})}
     results["healthy"] = healthy.summary(detectors, scores, labels, test)
     results["seconds"]["evaluate"] = time.perf_counter() - started
     figures.write_all(folder, drawn)

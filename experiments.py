@@ -31,8 +31,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from support import checks, layouts
+from support import layouts
 from support.cache import digest
+from support.checks import check_places
 from support.claim import claimed
 from support.compared import NAMES, chosen, deciding
 from support.figures import png
@@ -87,13 +88,12 @@ def images_now(data: str, seed: int) -> str:
 
 def check_images(config: Config, out: Path) -> None:
     """raises: ValueError if a run with these settings was begun with other images."""
-    begun_with = read_json(folder_of(config, out) / "config.json").get("images")
-    if begun_with and config.data:
-        if begun_with != images_now(config.data, config.seed):
-            raise ValueError(
-                f"{folder_of(config, out)}: a run with other images than {config.data} holds now; "
-                "name another --out"
-            )
+    folder = folder_of(config, out)
+    begun_with = read_json(folder / "config.json").get("images")
+    if config.data and begun_with and begun_with != images_now(config.data, config.seed):
+        raise ValueError(
+            f"{folder}: a run with other images than {config.data} holds now; name another --out"
+        )
 
 
 def run_job(config: Config, out: Path, keep: bool) -> None:
@@ -352,7 +352,7 @@ def _common_options(
         raise ValueError(f"--run {args.run} has its own settings: leave out {given}")
     if not options.get("data"):
         return options, "phantom", ""
-    checks.check_places(options["data"], args.out)
+    check_places(options["data"], args.out)
     check_start(options.get("encoder", ""), options.get("init", "auto"), args.out)
     dataset = layouts.discover(options["data"])
     if not dataset.test and (args.table or args.sweep or set(args.figure) - {1, 2}):

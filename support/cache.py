@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from support.progress import notify, ours_alone, progress
-from support.run import write_file
+from support.run import naming, write_file
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -134,7 +134,7 @@ def _write(
     crc = 0
     try:
         # Plain writes: a full disk is then an OSError, where a memory-map would be a bus error.
-        with open(part, "wb") as file, ours_alone():
+        with naming(target), open(part, "wb") as file, ours_alone():
             for i, row in enumerate(progress(_read_all(rows, read), len(rows), label)):
                 if isinstance(row, str):
                     unreadable[i] = row
@@ -146,10 +146,6 @@ def _write(
         if unreadable and (not skip_bad or len(unreadable) == len(rows)):
             raise ValueError(complaint(list(unreadable.values()), len(rows), skip_bad))
         os.replace(part, target)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk does not name the file
-            error.filename = str(target)
-        raise
     finally:
         part.unlink(missing_ok=True)
     return unreadable, crc

@@ -1,8 +1,8 @@
 """A run's folder belongs to one process; signals that end a run at the end of a step.
 
-A folder is held by run.lock: the system's lock on that file, which goes with
-the process whatever ends it, and the file's text, which says who holds it. Where the system has no
-such locks (Windows, some network disks), and for other hosts, the text alone counts.
+A folder is held by run.lock: the system's lock on that file, which goes with the process whatever
+ends it, and the file's text, which says who holds it. Where the system has no such locks (Windows,
+some network disks), and for other hosts, the text alone counts.
 """
 
 from __future__ import annotations
@@ -32,13 +32,8 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 LOCK = "run.lock"
-NOT_BEGUN = {
-    "cache",
-    "phantom",
-    ".phantom.part",
-    LOCK,
-    "config.json.partial",
-}  # in a folder without a run
+# In a folder without a run.
+NOT_BEGUN = {"cache", "phantom", ".phantom.part", LOCK, "config.json.partial"}
 # What a run writes into its folder; nothing with other names, or older, is ever removed.
 OURS = (
     "cache", "phantom", ".phantom.part", "figures", "config.json", "results.json", "results.md",
@@ -108,9 +103,8 @@ class Claim:
 
     def clear(self) -> None:
         """Remove what this process has put into the folder, and the folder if it made it."""
-        for path in (path for pattern in OURS for path in self.folder.glob(pattern)):
-            if path.name in self.before:
-                continue
+        ours = {path for pattern in OURS for path in self.folder.glob(pattern)}
+        for path in ours - {self.folder / name for name in self.before}:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -178,14 +178,14 @@ def localisation_figure(
     returns: green frames around images that are judged correctly, red around the others (Fig. 5).
     """
     low, high = row["map_scale"]
-    framed, columns = [], []
+    framed, heat, columns = [], [], []
     for i in cases:
         predicted, label = int(scores[i] >= row["threshold"]), samples[i].label
         framed.append(picture(images[i], side))
+        heat.append(overlay(framed[-1].convert("L"), maps[i], (low, high)))
         box, colour = (0, 0, side - 1, side - 1), GREEN if predicted == label else RED
         ImageDraw.Draw(framed[-1]).rectangle(box, None, colour, width=5)
         columns.append(f"{samples[i].kind}\n{scores[i]:.4g}, {VERDICTS[label][predicted]}")
-    heat = [overlay(picture(images[i], side).convert("L"), maps[i], (low, high)) for i in cases]
     cells = {"image": framed, "heat map": heat}
     note = (
         f"Abnormal at a score >= {row['threshold']:.4g}; green frame: judged correctly, red: "

@@ -93,18 +93,26 @@ def lack(error: MemoryError | RuntimeError) -> str:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the block name this file where the system does not, as for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file to write; it replaces `path` at the end, or is removed if that fails."""
     partial = path.with_name(path.name + ".partial")
     try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut leaves the name without the content
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk does not name the file
-            error.filename = str(path)
-        raise
+        with naming(path):
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())  # or a power cut leaves the name without the content
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -425,6 +425,17 @@ def test_an_unreadable_image_is_named(name, content, tmp_path, capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
+def test_a_full_disk_names_the_cache(tmp_path, monkeypatch):
+    def fails(_):
+        raise OSError(28, "No space left on device")
+
+    good = picture(tmp_path / "good.png")
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"No space left on device: '.*\.u8'"):
+        data.decode([good], S, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_many_unreadable_images_are_a_bounded_complaint(tmp_path, capsys):
     bad = [tmp_path / f"{'x' * 60}{i}.png" for i in range(60)]
     for path in bad:
@@ -1183,7 +1194,6 @@ def test_what_is_to_blame_is_named(pretraining, tmp_path):
     begun = copy.copy(pretraining)
     begun.step_done = 0
     assert "not to blame" in training._remedy(begun, tmp_path / "c.pt", begun.step_done)
-    begun.step_done = 1
     begun.step_done = begun.total - 1
     assert begun.rate < begun.start_rate / 2  # the rate that failed is that of the beginning
     said = training._remedy(begun, tmp_path / "c.pt", begun.step_done)
