@@ -296,12 +296,12 @@ class Training:
             "model": adam(nn.ModuleList([self.model.linear, self.model.decoder]), igd.lr),
             "critic": adam(self.critic, igd.lr, decay=0.0),
         }
-        self.step_done, self._order = 0, (-1, np.empty(0))
+        self.step_done, self.start_rate, self._order = 0, igd.lr, (-1, np.empty(0))
 
     @property
     def rate(self) -> float:
         """The learning rate of the next step, lr (1 - t / T)^0.9 after t of T.   [I:code]"""
-        return (1 - self.step_done / self.total) ** 0.9 * self.igd.lr
+        return (1 - self.step_done / self.total) ** 0.9 * self.start_rate
 
     def losses(self) -> dict[str, Tensor]:
         """l_rec + l_h + 0.1 E d(g(z_alpha))^2 of the next batch, and the critic's loss.   [P:§3.3]
@@ -346,7 +346,7 @@ class Training:
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
-                group["lr"] = group["initial_lr"] * self.rate / self.igd.lr
+                group["lr"] = group["initial_lr"] * self.rate / self.start_rate
         torch.stack(list(terms.values())).sum().backward()
         for optimiser in self.optimisers.values():
             optimiser.step()

@@ -175,6 +175,7 @@ class Training:
         self.total = self.steps * epochs
         self.key = detector.seed, zlib.crc32(name.encode())
         self.rates = [group["lr"] for group in self.groups()]
+        self.start_rate = self.rates[0]
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for o in self.optimisers.values() for group in o.param_groups]
@@ -186,7 +187,7 @@ class Training:
 
     @property
     def rate(self) -> float:
-        return self.rates[0] * self.factor
+        return self.start_rate * self.factor
 
     def losses(self) -> Terms:
         """The terms of the next step, whose sum is the loss."""

@@ -11,7 +11,9 @@ import random
 from itertools import pairwise
 
 import numpy as np
+import torch
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
+from torch import Tensor
 
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -94,13 +96,14 @@ def _bent(strip: tuple[int, int, int, int], bend: int) -> tuple[int, ...]:
     return left + bend, top, left, bottom, right, bottom, right + bend, top
 
 
-def class_views(images: np.ndarray, classes: int, seed: int) -> np.ndarray:
-    """(N, 3, S, S) uint8 views of (B, 3, S, S) uint8 images, as pmsacl.class_views makes them."""
+def class_views(images: np.ndarray, classes: int, seed: int) -> Tensor:
+    """(N, 3, S, S) views in [0, 1] of (B, 3, S, S) uint8 images, as pmsacl.class_views has them."""
     draw = random.Random(seed)
     pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in images]
     views = []
     for count in range(classes):
         for i, picture in enumerate(pictures):
             strong = with_lesions(picture, pictures[:i] + pictures[i + 1 :], count, draw)
-            views += [np.asarray(weak_view(strong, draw)).transpose(2, 0, 1) for _ in range(2)]
-    return np.stack(views)
+            pair = [torch.from_numpy(np.array(weak_view(strong, draw))) for _ in range(2)]
+            views += [view.permute(2, 0, 1).float() / 255 for view in pair]
+    return torch.stack(views)

@@ -5,7 +5,7 @@ A training is an object with
     networks              the module that all processes train together; without it, one does alone
     total, steps          steps in all and an epoch
     step_done, images     steps done, and images of a step, over all processes
-    rate                  the learning rate of the next step
+    start_rate, rate      the learning rate that the option sets, and that of the next step
     losses()              the terms of the next step, whose sum is the loss
     update(terms)         back-propagates their sum, steps, and counts the step
     end_epoch()           more columns for the epoch's row of the log; it may be missing
@@ -130,7 +130,7 @@ def _remedy(training: Any, checkpoint: Path, done: int) -> str:
     """What to change (the rate, only if a step was taken at it), and which state is kept."""
     kept = f"the last good state is kept in {checkpoint}"
     config = getattr(training, "config", None)
-    rate = getattr(training, "start_rate", training.rate)
+    rate = training.start_rate
     change = f"lower {training.rate_option} ({rate:g})"
     if config is not None and rate * config.weight_decay > 1:
         change = f"lower --weight-decay ({config.weight_decay:g})"

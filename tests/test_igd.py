@@ -342,7 +342,7 @@ def test_a_step_is_adam_with_a_polynomial_decay_and_a_rate_for_the_encoder(case)
         t, terms = training.step_done, training.losses()
         before = {p: p.detach().clone() for net, _, _ in groups for p in net.parameters()}
         decay = (1 - t / training.total) ** 0.9
-        assert training.rate == pytest.approx(igd.lr * decay)
+        assert training.start_rate == igd.lr and training.rate == pytest.approx(igd.lr * decay)
         training.update(terms)
         for network, lr, weight_decay in groups:
             for p in network.parameters():
