@@ -72,10 +72,7 @@ def unfold(x: Tensor, stride: int) -> Tensor:
 
 
 def fold(patches: Tensor, size: int, stride: int) -> Tensor:
-    """Maps that are the mean of the patches over each pixel.
-
-    patches: (B, L, 32, 32), or (B, L, 1, 1) for one value a patch.   returns: (B, S, S).
-    """
+    """Maps (B, S, S): at a pixel, the mean of its patches (B, L, 32, 32), or values (B, L, 1, 1)."""
     columns = patches.expand(-1, -1, PATCH, PATCH).flatten(2).mT  # (B, 1024, L)
     total = F.fold(columns, size, PATCH, stride=stride)
     return (total / F.fold(torch.ones_like(columns[:1]), size, PATCH, stride=stride))[:, 0]
@@ -100,12 +97,12 @@ class IGD:
     stride: int = 16  # pixels between patches                                  [I:code]
     width: int = 64  # channels of decoder and critic at full size              [I:code]
     lr: float = 1e-4  # of Adam, at the start                                   [I:code]
-    encoder_lr: float = 1e-4  # the same, of the pre-trained encoder            [I:code]
+    encoder_lr: float = 1e-4  # of the encoder; 0 keeps it, as in [I:code]      [P!§3.3 R21]
     rho: float = 0.15  # weight of the absolute error                           [P:(11)]
     kappa: float = 1.0  # of sigma^2                                            [P:§3.3]
     sigma2_least: float = 1.0  # sigma^2 is never less                          [I:code]
     interval: int = 10  # epochs between estimates of mu and sigma^2            [I:code]
-    warmup: float = 0.0  # share of the global model's epochs without eq. 12    [R21]
+    warmup: float = 0.0  # share of the global epochs without eq. 12            [P!§3.3 R21]
     critic_weight: float = 0.1  #                                               [I:code]
     gamma: float = 0.2  # share of x in the critic's blend                      [I:code]
     xi_global: float = 0.1  # share of l_rec in the score                       [P:(10)]
@@ -127,11 +124,11 @@ class IGD:
     def _check(self, local: bool) -> None:
         settings, least = self.settings(), PATCH * (1 + local)
         shares = "rho kappa gamma xi_global xi_local warmup".split()
-        positive = "kappa lr encoder_lr epochs local_epochs stride width interval".split()
+        positive = "kappa lr epochs local_epochs stride width interval".split()
         wrong = [name for name in shares if not 0 <= settings[name] <= 1]
         wrong += [name for name in positive if not 0 < settings[name] < math.inf]
         wrong += [name for name in ("batch_size", "patches") if settings[name] < 2]
-        wrong += ["sigma2_least"] * (not self.sigma2_least >= 0)
+        wrong += [name for name in ("sigma2_least", "encoder_lr") if not settings[name] >= 0]
         wrong += ["heat_map"] * (self.heat_map not in ("patch", "residual"))
         if wrong:
             got = ", ".join(f"{name}={settings[name]!r}" for name in wrong)
@@ -266,6 +263,7 @@ class Training:
         self.igd, self.which, self.data, self.group = igd, which, data, group
         self.name, self.model, self.device = f"IGD {which}", igd.models[which], igd.device
         whole = which == "global"
+        self.model.backbone.requires_grad_(igd.encoder_lr > 0)
         size, start = (igd.image_size if whole else PATCH), seeded(igd.seed, 21)
         self.critic = critic(size, igd.width, start).to(igd.device)
         self.networks = nn.ModuleList([self.model, self.critic])
@@ -318,7 +316,7 @@ class Training:
             self.estimate()
         self.model.train()
         # train eq. 12 on the z used for scoring: averages of small batches put some of them far out
-        self.model.backbone.train(joined < 0)
+        self.model.backbone.train(joined < 0 and igd.encoder_lr > 0)
         ids = np.sort(self.order(epoch)[position * self.images : (position + 1) * self.images])
         x = self.take(ids[self.rows])
         alpha = 0.5 * torch.rand(self.images, generator=seeded(igd.seed, 22, self.step_done))

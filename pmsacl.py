@@ -72,13 +72,16 @@ def class_views(
     returns: views (N, 3, S, S), class ids n (N,), pair ids (N,); N = 2 A B.
     """
     n = torch.arange(config.classes).repeat_interleave(len(x))  # (A B,), where the draws are made
-    x_n, _ = strong_set(config)(x, n, generator)  # (A B, 3, S, S), class by class
+    augment, turned = strong_set(config), config.strong == "rotation"
+    x_n = x.repeat(config.classes, 1, 1, 1) if turned else augment(x, n, generator)[0]  # by class
     views = x_n.new_empty(2 * len(x_n), *x.shape[1:])
     for view in (0, 1):
         weak(
             x_n, generator, preset=config.weak, min_area=config.crop_area or None,
             strength=config.jitter, out=views[view::2],
         )  # fmt: skip
+    if turned:  # last: mirrored after a quarter turn, it would be the opposite turn    [P!§4.7.2 R32]
+        views = augment(views, n.repeat_interleave(2), generator)[0]
     n = torch.arange(config.classes, device=x.device).repeat_interleave(2 * len(x))  # (N,)
     return views, n, torch.arange(len(n), device=x.device) ^ 1
 

@@ -113,7 +113,9 @@ class FAnoGAN(Detector):
         return {
             "generator": upwards(self.latent, self.image_size, self.width),
             "critic": downwards(self.image_size, self.width, 1, of_image),
-            "encoder": downwards(self.image_size, self.width, self.latent, nn.BatchNorm2d),
+            "encoder": nn.Sequential(
+                downwards(self.image_size, self.width, self.latent, nn.BatchNorm2d), nn.Tanh()
+            ),
         }
 
     def phases(self, images: np.ndarray) -> Iterator[Training]:
@@ -124,7 +126,7 @@ class FAnoGAN(Detector):
         }
         yield Training(self, self.kind, images, self.gan_terms, adams, epochs=self.epochs)
         self.networks.eval()
-        rmsprop = torch.optim.RMSprop(encoder.parameters(), self.encoder_lr)
+        rmsprop = torch.optim.RMSprop(encoder.parameters(), self.encoder_lr, alpha=0.9)
         yield Training(
             self, f"{self.kind} encoder", images, self.encoder_terms, {"encoder": rmsprop},
             epochs=self.encoder_epochs,

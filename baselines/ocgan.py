@@ -75,8 +75,8 @@ class OCGAN(Detector):
     batch_size: int = 32
     lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                               [R27]
     latent: int = 288  # Z                                                          [O:§4.1]
-    noise: float = 0.2  # deviation of what is added to images in [0, 1]               [R27]
-    weight: float = 10.0  # of the squared error                                    [O:§3.5]
+    noise: float = 0.1  # deviation of what is added to images in [0, 1]          [O:code]
+    weight: float = 40.0  # of the squared error: 10 for images in [-1, 1]          [O:§3.5]
     mining_steps: int = 5  #                                                        [O:§3.4]
     mining_length: float = 0.05  #                                                     [R27]
 
@@ -111,8 +111,9 @@ class OCGAN(Detector):
     def terms(self, x: Tensor, draws: torch.Generator, step: int) -> Terms:
         """10 l_MSE + l_latent + l_visual of the auto-encoder; the discriminators'.   [O:§3.5]
 
-        l_MSE = E |x - De(En(x + n))|^2; D_l tells s ~ U(-1, 1) from z = En(x + n), D_v tells x
-        from De(s*), C tells De(z) from De(s), s* mined from s.
+        l_MSE = E |x - De(En(x + n))|^2 on images in [-1, 1], so 40 times that of [0, 1]. D_l tells
+        s ~ U(-1, 1) from z = En(x + n), D_v x from De(s), C De(z) from De(s); the auto-encoder is
+        to fool D_v with De(s*), s* mined from s.
         """
         encoder, decoder, of_latent, of_image, classifier = self.networks.train().children()
         s = 2 * torch.rand(len(x), self.latent, generator=draws).to(x.device) - 1
@@ -134,7 +135,7 @@ class OCGAN(Detector):
             }
         with autocast(x.device):
             terms["latent_discriminator"] = real(of_latent(s)) + fake(of_latent(z.detach()))
-            terms["visual_discriminator"] = real(of_image(x)) + fake(of_image(drawn.detach()))
+            terms["visual_discriminator"] = real(of_image(x)) + fake(of_image(negative))
             terms["classifier"] = real(classifier(x_tilde.detach())) + fake(classifier(negative))
         return {name: term.float() for name, term in terms.items()}
 

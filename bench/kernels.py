@@ -5,7 +5,7 @@
 
 First every path is checked against the float64 definition, and nothing is timed if one is off.
 Then the clock warms up, matrix products and a copy are timed for the floors, and each row goes to
-the screen and to bench.csv; on a GPU all of them replace the table in docs/speed.md. The paths:
+the screen and to docs/kernels.csv; on a GPU all of them replace the table in docs/speed.md. The paths:
 
     triton, torch   ours, by its two backends (on a CPU there is no Triton path)
     eager           the definition with every (N, N) matrix in memory, in the dtype of the row
@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -42,12 +41,11 @@ from torch.autograd import DeviceType
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
-from bench.page import write_block
+from bench.page import SPEED, add_commit, provenance, write_block
 from kernels import HAS_TRITON, triton
 from kernels.contrastive import contrastive
 from kernels.mahalanobis import mahalanobis, mahalanobis_ref
 from losses import _rows_of_eq_5, centred_features, contrastive_loss, kappas
-from support.job import versions
 
 Z, A, P = 128, 4, 4096
 KAPPA: dict[str, Any] = {"tau": 0.2, "alpha": 2.0}
@@ -325,21 +323,6 @@ def clock() -> str:
         return "unknown"
 
 
-def provenance(commit: str) -> dict[str, str]:
-    """Card, versions and commit, the same in every row."""
-    card, cpus = platform.machine(), Path("/proc/cpuinfo")
-    if cpus.exists():
-        named = (s for s in cpus.read_text().splitlines() if s.startswith("model name"))
-        card = next(named, f": {card}").split(":")[1].strip()
-    card = f"{card}, {torch.get_num_threads()} threads"
-    return {
-        "card": torch.cuda.get_device_name() if GPU else card,
-        "torch": torch.__version__,
-        "triton": triton.__version__ if HAS_TRITON else "none",
-        "commit": (commit or versions()["commit"])[:7],
-    }
-
-
 def measured() -> Iterator[list]:
     """All rows, until the time is over; what the machine does goes to the screen before them."""
     began = time.monotonic()
@@ -365,8 +348,8 @@ def measured() -> Iterator[list]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench.csv"), help="CSV")
-    parser.add_argument("--commit", default="", help="of the code, where there is no git")
+    parser.add_argument("--out", type=Path, default=SPEED.with_name("kernels.csv"), help="CSV")
+    add_commit(parser)
     args = parser.parse_args()
     if not args.out.parent.is_dir() or args.out.is_dir():
         parser.error(f"--out {args.out}: not a file in a folder that is there")

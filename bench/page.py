@@ -1,11 +1,29 @@
-"""Tables that programs write into docs/speed.md, each between two marks of its own."""
+"""What was measured on what, and the tables in docs/speed.md, each between two marks of its own."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from support.versions import versions
+
 SPEED = Path(__file__).parent.parent / "docs" / "speed.md"
+
+
+def add_commit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--commit", default="", help="of the code, where there is no git")
+
+
+def provenance(commit: str) -> dict[str, str]:
+    """Processor, versions and commit, the same in every row."""
+    about = versions() | ({"commit": commit} if commit else {})
+    return {
+        "processor": f"{about['processor']}, {about['threads']} threads",
+        "torch": about["torch"],
+        "triton": about["triton"],
+        "commit": about["commit"][:7],
+    }
 
 
 def write_block(name: str, lines: Sequence[str]) -> None:

@@ -1,8 +1,10 @@
 """The main job's speed beside the bare network's, as ratios, on the GPU if there is one.
 
-    python -m bench.training      # 8 minutes at most
+    python -m bench.training                   at most eight minutes
+    python -m bench.training --commit 1f56c3f  where there is no git to ask
 
-It prints its rows and writes them: to docs/speed.csv, on a GPU to their table in docs/speed.md.
+It prints its rows and writes them: to docs/speed.csv, on a GPU to docs/speed_gpu.csv and to their
+table in docs/speed.md.
 
 Each pair is timed in turn, round by round, and the median ratio is kept: absolute times of shared
 machines drift, ratios hold. On a GPU a round ends when it has: the host waits. bench/kernels.py
@@ -11,9 +13,9 @@ times the kernels.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import per_image
-from bench.page import write_block
+from bench.page import SPEED, add_commit, provenance, write_block
 from detectors import PaDiM
 from encoder import Conv3x3, ResNet18, channels_last, normalise, seeded, to_unit
 from igd import IGD
@@ -109,26 +111,27 @@ def small_maps(side: int) -> Times:
     return paired(passes, plain)
 
 
+@torch.no_grad()
+def layers(resnet: ResNet18, images: np.ndarray) -> None:
+    """Layers 1-3 alone, which PaDiM's features are."""
+    at_once = 1 if DEVICE.type == "cpu" else 64  # images: what is faster
+    for k in range(0, len(images), at_once):
+        x = channels_last(normalise(to_unit(images[k : k + at_once], DEVICE)))
+        resnet.stages(x, last=3)
+
+
 def scoring(batch: int) -> Times:
     """PaDiM's heat maps against the layers 1-3 that they are made from, 256 px."""
     images, resnet = pictures(max(batch, 8), 256), network()
     detector = PaDiM(resnet).fit(images)
-    at_once = 1 if DEVICE.type == "cpu" else 64  # images: what is faster
-
-    @torch.no_grad()
-    def bare() -> None:
-        x = channels_last(normalise(to_unit(images[:batch], DEVICE)))
-        for k in range(0, batch, at_once):
-            resnet.stages(x[k : k + at_once], last=3)
-
-    return paired(lambda: detector.score(images[:batch]), bare)
+    return paired(lambda: detector.score(images[:batch]), lambda: layers(resnet, images[:batch]))
 
 
 def fitting(count: int) -> Times:
     """PaDiM's fit against the layers 1-3 of its images, 256 px."""
     images, resnet = pictures(count, 256), network()
     detector = PaDiM(resnet)
-    return paired(lambda: detector.fit(images), lambda: detector.embeddings(images))
+    return paired(lambda: detector.fit(images), lambda: layers(resnet, images))
 
 
 def igd_step(side: int, width: int) -> Times:
@@ -181,14 +184,13 @@ def counts() -> str:
 
 
 def main() -> None:
-    rows = []
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_commit(parser)
+    about, rows = provenance(parser.parse_args().commit), []
 
     def measure(what: str, times: Times) -> None:
         ours, other, ratio = times
-        name = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else name
-        machine = f"{name}, torch {torch.__version__}"
-        rows.append([what, f"{1e3 * ours:.1f}", f"{1e3 * other:.1f}", f"{ratio:.3f}", machine])
+        rows.append([what, f"{1e3 * ours:.1f}", f"{1e3 * other:.1f}", f"{ratio:.3f}"])
         print(f"{what}: {1e3 * ours:.1f} ms / {1e3 * other:.1f} ms = {ratio:.3f}", flush=True)
 
     gpu = DEVICE.type == "cuda"
@@ -200,23 +202,23 @@ def main() -> None:
     for batch in (1, 8, 32) if gpu else (1, 8):
         images = "1 image" if batch == 1 else f"{batch} images"
         measure(f"PaDiM score, {images}, 256 px / layers 1-3", scoring(batch))
-    measure("PaDiM fit, 64 images, 256 px / its embeddings", fitting(64))
+    measure("PaDiM fit, 64 images, 256 px / layers 1-3", fitting(64))
     measure("IGD step, 16 images, 64 px, width 8 / its networks' passes", igd_step(64, 8))
     measure("IGD step, 16 images, 128 px, width 16 / its networks' passes", igd_step(128, 16))
     measure("IGD score, 1 image, 256 px, 225 patches / PaDiM's", igd_scoring())
     torch.set_num_threads(1)
-    measure("MedMix and weak views, 256 views, 64 px / with Pillow", augmentation(64, 32))
-    measure("MedMix and weak views, 64 views, 256 px / with Pillow", augmentation(256, 8))
+    measure("MedMix and weak views, 256 views, 64 px, one thread / with Pillow", augmentation(64, 32))
+    measure("MedMix and weak views, 64 views, 256 px, one thread / with Pillow", augmentation(256, 8))
     print(counts())
-    if gpu:
-        lines = [f"{rows[0][-1]}; {counts()}:", "", "| what | ours, ms | other, ms | ratio |"]
-        lines += ["| --- " * 4 + "|", *(f"| {' | '.join(row[:4])} |" for row in rows)]
-        write_block("bench.training", lines)
-        return
-    with open(Path(__file__).parent.parent / "docs" / "speed.csv", "w", newline="") as file:
+    with open(SPEED.with_name("speed_gpu.csv" if gpu else "speed.csv"), "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["what", "ours_ms", "other_ms", "ratio", "machine"])
-        writer.writerows(rows)
+        writer.writerow(["what", "ours_ms", "other_ms", "ratio", *about])
+        writer.writerows([*row, *about.values()] for row in rows)
+    if gpu:
+        told = ", ".join(f"{key} {value}" for key, value in about.items())
+        lines = [f"{told}; {counts()}:", "", "| what | ours, ms | other, ms | ratio |"]
+        lines += ["| --- " * 4 + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+        write_block("bench.training", lines)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -59,6 +58,7 @@ from support.run import (
 from support.tables import fakes_described, write_results
 from support.together import assist, batch_of_all, offered
 from support.training import check_start, encoder_of, train
+from support.versions import versions
 from support.worth import fake_lesions, near_duplicates, trivial_scores
 
 MANY = 500  # epochs
@@ -111,22 +111,6 @@ def prepare(config: Config, folder: Path) -> Images:
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
     pixels = data.resident(train, torch.device(config.device))
     return Images(dataset, train, pixels, test, masks, known, kept_out, tuple(notes))
-
-
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides its options."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "commit": commit,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def main_job(config: Config, folder: Path) -> None:

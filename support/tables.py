@@ -50,7 +50,18 @@ PAPERS_SETS = {
     "Liu et al.": "liu",
     "Covid-X": "covidx",
 }
-_COUNTERPARTS = {"padim": "PMSACL - PaDiM", "igd": "PMSACL - IGD"}  # our row -> the paper's
+_PRETRAINED = {"pmsacl": "PMSACL - ", "ccd": "CCD - ", "none": ""}  # --method -> in a row's name
+_THEIRS = {  # our row -> the paper's; the first two of each pre-training
+    "padim": "PaDiM",
+    "igd": "IGD",
+    "dae": "DAE",
+    "ocgan": "OCGAN",
+    "fanogan": "f-AnoGAN",
+    "adgan": "ADGAN",
+    "msssim": "MS-SSIM",
+    "panda": "PANDA",
+    "cutpaste": "CutPaste",
+}
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
@@ -114,27 +125,27 @@ def comparable(results: Mapping[str, Any], source: Mapping[str, Any]) -> dict[st
 def results_table(results: Mapping[str, Any]) -> str:
     """results.md: the columns of Tables 1 and 6, then thresholds and notes.
 
-    The paper's row stands below ours only if the data set is Hyper-Kvasir.
+    The paper's row stands below ours if the data set is one of its own.
     """
     rows = measured(results)
     first = next(iter(rows.values()))
     source = first.get("data", {"layout": "unknown layout", "root": "-"})
     count, images = first["images"], Dataset(source["layout"], Path(source["root"]), (), ())
-    counterparts = _COUNTERPARTS if papers_name(images) == "Hyper-Kvasir" else {}
+    of_images, of_pixels = (_counterparts(results, papers_name(images), k) for k in ("AUC", "IoU"))
     text = [
         "# Results\n",
         f"{source['root']} ({source['layout']}). Thresholds from {count['validation_normal']} "
         f"normal and {count['validation_abnormal']} abnormal test images; measured on "
         f"{count['test_normal']} normal and {count['test_abnormal']} abnormal ones. "
         f"Start weights: {results.get('init', 'unknown')}.\n",
-        _table(1, rows, ("image_auroc", "specificity", "sensitivity", "accuracy"), counterparts),
+        _table(rows, ("image_auroc", "specificity", "sensitivity", "accuracy"), *of_images),
         *_worth(rows, results.get("fake_lesions")),
     ]
     segmented = {name: row for name, row in rows.items() if "iou" in row}
     if segmented:
         keys, added = ("iou", "dice", "pro", "aupro", "pixel_auroc"), ("Pro, all", "pixel AUROC")
         text += [
-            _table(6, segmented, keys, counterparts, added),
+            _table(segmented, keys, *of_pixels, added),
             "IoU, Dice and Pro: abnormal images, mean (± standard deviation) over groups as in "
             "Table 6. Last two columns: all measured images, normal ones too.\n",
         ]
@@ -189,17 +200,37 @@ def fakes_described(fakes: Mapping[str, Any]) -> str:
     return f"Fake lesions in healthy images (untrained): image AUROC {auroc}, AUPRO {aupro}."
 
 
+def _counterparts(
+    results: Mapping[str, Any], data_set: str, first: str
+) -> tuple[int, dict[str, str]]:
+    """The paper's table of these images whose first column this is, and our row -> its row.
+
+    For images that the paper has not, the number is that of a table with the same columns.
+    """
+    numbers = [k for k in (1, 2, 3, 4, 6, 7) if PRINTED[f"table {k}"][1][0] == first]
+    number = next((k for k in numbers if PRINTED[f"table {k}"][0] == data_set), None)
+    if number is None:
+        return numbers[0], {}
+    config = results.get("config", {})
+    before = None if config.get("encoder") else _PRETRAINED.get(config.get("method", "pmsacl"))
+    names = {row: before + _THEIRS[row] for row in ("padim", "igd")} if before is not None else {}
+    names = {**_THEIRS, "padim": "", "igd": ""} | names
+    printed = PRINTED[f"table {number}"][2]
+    with_star = {row: name if name in printed else f"{name}*" for row, name in names.items()}
+    return number, {row: name for row, name in with_star.items() if name in printed}
+
+
 def _table(
-    number: int,
     rows: Mapping[str, Any],
     keys: Sequence[str],
+    number: int,
     counterparts: Mapping[str, str],
     added: Sequence[str] = (),
 ) -> str:
     """Our rows under the header of one of the paper's tables.
 
-    number:       of the paper's table.
     keys:         of a row, one for each column.
+    number:       of the paper's table.
     counterparts: our row -> the paper's row to show below it.
     added:        columns that the paper's table lacks.
     """

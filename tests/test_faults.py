@@ -47,6 +47,7 @@ from support import (
     training,
 )
 from support import progress as shown
+from support.versions import versions
 
 S = 32
 LONGEST = run.LONGEST + 1
@@ -145,7 +146,7 @@ BAD_CONFIGS = [
 
 
 def good_config() -> dict:
-    return dataclasses.asdict(options.make_config({"data": "x"})) | job.versions()
+    return dataclasses.asdict(options.make_config({"data": "x"})) | versions()
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_CONFIGS)

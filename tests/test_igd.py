@@ -354,6 +354,15 @@ def test_a_step_is_adam_with_a_polynomial_decay_and_a_rate_for_the_encoder(case)
                 torch.testing.assert_close(p.detach(), before[p] - step, rtol=0, atol=1e-9 * lr)
 
 
+def test_an_encoder_without_a_learning_rate_stays_as_it_was_and_the_rest_learns():
+    igd = small(epochs=2, encoder_lr=0.0, warmup=0.5)
+    model = igd.models["global"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    igd.fit(images(8))
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert {name for name in before if name.startswith("backbone.")} == same - {"sigma2"}
+
+
 def test_mu_and_sigma_are_those_of_all_training_images_whenever_they_are_due(case):
     """At the start, when eq. 12 joins and every `interval` epochs from there on."""
     training, data = case

@@ -10,9 +10,11 @@ import torch
 from conftest import DEVICE
 from test_pmsacl import pictures, tiny
 
+import encoder
 import pmsacl
+from baselines import steps
 from detectors import PaDiM
-from encoder import ResNet18, autocast, to_unit
+from encoder import ResNet18, to_unit
 from igd import IGD
 from support.data import resident
 from support.launches import Launches, of_step
@@ -113,7 +115,7 @@ def test_a_step_waits_once_on_the_gpu():
 @pytest.mark.gpu
 def test_bfloat16_where_the_card_has_it_and_one_precision_everywhere():
     major, _ = torch.cuda.get_device_capability()
-    assert autocast(DEVICE)._enabled == (major >= 8)
+    assert encoder.autocast(DEVICE)._enabled == (major >= 8)
     training = pmsacl.Pretraining(pictures(), tiny(device="cuda"))
     views, _ = training.views_of(training.watched, training.draws(1))
     z, h = training.encoder.embed(views)
@@ -124,7 +126,8 @@ def test_bfloat16_where_the_card_has_it_and_one_precision_everywhere():
     assert len(set(seen)) == 1 and (seen[0] == torch.bfloat16) == (major >= 8)
 
 
-def test_emulated_bfloat16_is_not_taken(monkeypatch):
+@pytest.mark.parametrize("autocast", [encoder.autocast, steps.autocast])
+def test_emulated_bfloat16_is_not_taken(autocast, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for real in (True, False):
         monkeypatch.setattr(

@@ -114,6 +114,18 @@ def test_rotations_share_the_circle_among_the_classes():
     assert torch.equal(augment(x, torch.ones(2).long(), generator(1))[0], x.flip(2, 3))
 
 
+def test_a_turned_view_is_not_mirrored_afterwards():
+    """Else a quarter turn to the left could not be told from one to the right."""
+    x = torch.linspace(1, 0, 32)[:, None].expand(2, 3, 32, 32)  # bright above, its own mirror image
+    config = Config(strong="rotation", crop_area=1.0, jitter=0.0)
+    views, n, pair = pmsacl.class_views(x, config, generator(1))
+    sides = (views[..., :16, :], views[..., :16], views[..., 16:, :], views[..., 16:])
+    brightest = torch.stack([side.mean((1, 2, 3)) for side in sides]).argmax(0)
+    assert torch.equal(brightest, n)  # above, left, below, right: counter-clockwise
+    a, b = views, views[pair]
+    assert not torch.equal(a, b)  # blurred by another sigma
+
+
 def test_lesion_area_crop_area_and_jitter_reach_medmix():
     x = torch.rand(8, 3, 64, 64, generator=generator(0))
     ones = torch.ones(8).long()
