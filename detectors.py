@@ -2,7 +2,6 @@
 
 PaDiM is Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and
 Localization", 2020: `[D:(1)]` tags its equations. The distance itself is kernels/mahalanobis.py's.
-IGD, eq. 10-12, is in igd.py.
 
 Sizes: N training images, B images to score, S pixels a side, P = (S/4)^2 positions (those of
 layer1), D channels, h = S/4.

@@ -194,9 +194,9 @@ class Encoder(nn.Module):
         """f_beta before its softmax: (B, A).   [P:(8)]"""
         return self.f_beta(h if self.aug_head == "backbone" else z)
 
-    def position_logits(self, z1: Tensor, z2: Tensor) -> Tensor:
+    def position_logits(self, z_1: Tensor, z_2: Tensor) -> Tensor:
         """f_gamma before its softmax, on the difference of two patches: (B, 8).   [P!(9) R18]"""
-        return self.f_gamma(z1 - z2)
+        return self.f_gamma(z_1 - z_2)
 
 
 # --- memory order, precision, random numbers -----------------------------------------------------

@@ -40,13 +40,13 @@ def class_centres(encoder: nn.Module, views: Iterable[tuple[Tensor, Tensor]]) ->
             z = F.pad(encoder(x).double(), (0, 1), value=1.0)  # (N, Z + 1): the last one counts
             for k in n.unique().tolist():
                 total[k] = total.get(k, 0) + z[n == k].sum(dim=0)
-    if sorted(total) != list(range(len(total))):
+    if not total or sorted(total) != list(range(len(total))):
         raise ValueError(f"[P:(2)] needs a view of each class, got views of {sorted(total)}")
     return torch.stack([total[k][:-1] / total[k][-1] for k in sorted(total)]).float()
 
 
 def multi_centring_loss(z: Tensor, n: Tensor, c: Tensor) -> Tensor:
-    """l_ctr = E || z - c_n ||^2.   [P:(3)]
+    """l_ctr = E || z - c_n ||^2, a scalar.   [P:(3)]
 
     z: (N, Z) features of the views.   n: (N,) int64 class ids.   c: (A, Z) centres of eq. 2.
     """

@@ -1,4 +1,4 @@
-"""A_n, MedMix: n synthetic lesions on each image of a batch.  [P:§3.1] [P:§4.2]
+"""A_n, MedMix: n fake lesions on each image of a batch.  [P:§3.1] [P:§4.2]
 
 B images of S x S pixels in [0, 1]; A classes; N outputs. Rank by rank, the largest lesion of each
 image first: K images have a lesion of the rank, and the longest side of these is s pixels.

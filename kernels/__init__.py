@@ -1,8 +1,8 @@
 """Fused operations of the method: `contrastive` (eq. 4-7) and `mahalanobis` (eq. 13).
 
-Each file holds, in this order: the Triton kernels, autograd, one public function. Triton is
-optional: without it (macOS, Windows) everything runs on the torch path. It is imported here once,
-so that the kernels can be *defined* anywhere and are only compiled where they run.
+Each file holds, in this order: the definition (eq. 4-7's is in losses.py), the Triton kernels,
+autograd, one public function. Triton is optional: without it (macOS, Windows) everything runs on
+the torch path. It is imported once, here: kernels are *defined* anywhere, compiled where they run.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """The centred contrastive loss, with a temperature for each pair of classes.   [P:(4)]-[P:(7)]
 
 The definition, losses.contrastive_losses, also runs on a CPU. The kernels never store its (R, N)
-matrix: the backward pass computes tiles again. No atomics: the same bits every time.
-
-Every exponent kappa_ij f_i.f_j is taken less the largest kappa, in base 2: with kappa <= MAX_KAPPA
-float32 holds it, so no running maximum is needed. Rows are padded to whole tiles, so that only
-tiles at the edge and on the diagonal need a mask.
+matrix: the backward pass computes tiles again. No atomics: the same bits every time. Exponents
+kappa_ij f_i.f_j are taken less the largest kappa, in base 2: with kappa <= MAX_KAPPA float32 holds
+them, so no running maximum is needed. Rows are padded to whole tiles, so that only tiles at the
+edge and on the diagonal need a mask.
 
 Sizes: N views (both weak views of every strong image), Z features, A classes, R of the N views
 as queries (all of them in one process, a rank's own under torch.distributed).
@@ -112,7 +111,8 @@ def _finish_forward(
     f_p = tl.load(f_ptr + p[:, None] * ZP + d, mask=live[:, None], other=0.0).to(tl.float32)
     loss = largest + tl.log(total) - positive_scale * tl.sum(f_i * f_p, axis=1)
     tl.store(loss_ptr + i - start, loss, mask=live)
-    tl.store(inverse_ptr + i - start, 0.6931471805599453 / total, mask=live)
+    inverse = tl.div_rn(tl.full((BM,), 0.6931471805599453, tl.float32), total)
+    tl.store(inverse_ptr + i - start, inverse, mask=live)
 
 
 @triton.jit
@@ -164,14 +164,14 @@ def _finish_backward(
     f_i = tl.load(f_ptr + i[:, None] * ZP + d).to(tl.float32)
     norm = tl.load(norm_ptr + i)
     along = tl.where(norm >= eps, tl.sum(df * f_i, axis=1), 0.0)  # a clamped norm is a constant
-    dz = (df - along[:, None] * f_i) / tl.maximum(norm, eps)[:, None]
+    norm = tl.broadcast_to(tl.maximum(norm, eps)[:, None], BM, ZP)
+    dz = tl.div_rn(df - along[:, None] * f_i, norm)
     tl.store(dz_ptr + i[:, None] * Z + d, dz, mask=live & (d < Z))
 
 
 # ---------------------------------------------------------------------------- autograd
 
-# (BM, BN, warps, stages) for Z up to 128, 256, 512: fixed, since a timing must not choose the order
-# of a sum. A test compiles all of them: each fits 99 kB, and docs/speed.md says what spills.
+# (BM, BN, warps, stages) for Z up to 128, 256, 512, all within 99 kB; no timing orders a sum
 CONFIGS = {
     ("_forward", "half"): [(128, 64, 8, 3), (64, 32, 8, 1), (32, 32, 8, 1)],
     ("_forward", "tf32"): [(64, 64, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)],

@@ -1,7 +1,7 @@
 """What is known at the start is said at the start: places, content, masks, space on the disk.
 
 Everything here raises ValueError with one line that says what to do, or returns notes: sentences
-that the screen and results.md show.
+that the screen, results.md and report.html show.
 """
 
 from __future__ import annotations

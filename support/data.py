@@ -224,7 +224,7 @@ def tell(reasons: Sequence[str], where: str) -> None:
 
 def _tell(unreadable: dict[int, str], left_out: list[str] | None) -> None:
     """Print the reasons, and append them to `left_out`."""
-    tell(list(unreadable.values()), "the results.md of a run names all of them")
+    tell(list(unreadable.values()), "the report.html of a run names all of them")
     if left_out is not None:
         left_out += [f"left out: {reason}" for reason in unreadable.values()]
 

@@ -42,7 +42,7 @@ def dry_run(config: Any, folder: Path) -> None:
     counts = f"{normal} normal and {abnormal} abnormal test images, {masks} masks"
     lines.append(f"{train} healthy training images, {counts}")
     fit, kept = healthy.split(range(train), config.healthy_share)
-    lines[-1] += f"; {len(kept)} of the healthy ones are kept out of the training"
+    lines[-1] += f"; {len(kept)} of the healthy ones are held out of the training"
     total = 0.0
     for training in _trainings(config, len(fit)):
         per_step = _seconds(training)

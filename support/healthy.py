@@ -1,8 +1,8 @@
 """Healthy images that train nothing, and what they say of a score.   [P!§3.3 R29]
 
-They are kept out of the pre-training and of every detector's fit, so that their scores are those of
+They are held out of the pre-training and of every detector's fit, so that their scores are those of
 healthy images that a detector has not seen. What is measured on them lies in the detector's file,
-as the entry `healthy`. Sizes: N healthy images, H of them kept out, S pixels a side.
+as the entry `healthy`. Sizes: N healthy images, H of them held out, S pixels a side.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from support.scoring import BATCH_SIZE, scored_batches
 
 T = TypeVar("T")
 
-LEAST = 10  # images that are kept out, if any are
+LEAST = 10  # images that are held out, if any are
 BELOW = 0.95  # of their scores lie below the threshold
 GRID = 16  # pixels a side of a heat map that the middle of the scale is estimated from
 
 
 @dataclass(frozen=True)
 class Healthy:
-    """What a detector gives for the images that were kept out.
+    """What a detector gives for the images that were held out.
 
     scores:    (H,) float64, ascending.
     threshold: their BELOW quantile.
@@ -39,15 +39,15 @@ class Healthy:
     scale: tuple[float, float] | None
 
     def percentile(self, scores: ArrayLike) -> Any:
-        """How many of 100 images that were kept out have a lower score; shaped as the scores."""
+        """How many of 100 images that were held out have a lower score; shaped as the scores."""
         lower = np.searchsorted(self.scores, np.asarray(scores, np.float64), side="left")
         return 100 * lower / len(self.scores)
 
 
 def split(files: Sequence[T], share: float) -> tuple[list[T], list[T]]:
-    """What trains, and what is kept out: `share` of the files, LEAST or more, evenly spread.
+    """What trains, and what is held out: `share` of the files, LEAST or more, evenly spread.
 
-    Fewer than 2 LEAST files all train, for more of them would be kept out than left.
+    Fewer than 2 LEAST files all train, for more of them would be held out than left.
     """
     n = len(files)
     if share == 0 or n < 2 * LEAST:
@@ -58,7 +58,7 @@ def split(files: Sequence[T], share: float) -> tuple[list[T], list[T]]:
 
 
 def measure(detector: Any, images: NDArray[np.uint8], name: str) -> Healthy | None:
-    """Score the images that were kept out.   images: (H, 3, S, S) uint8; None is returned for none.
+    """Score the images that were held out.   images: (H, 3, S, S) uint8; None is returned for none.
 
     The scale is dark at the median pixel; its middle is the value that the brightest pixel of 95%
     of these images lies below, so that what is beyond the middle is rare in healthy images.

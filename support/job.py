@@ -120,7 +120,7 @@ def main_job(config: Config, folder: Path) -> None:
     with first_process_first():  # it draws and decodes, the others read
         images = prepare(config, folder)
     notify(plan(config, images, folder))
-    warn_of_near_duplicates(images)
+    notes = [*images.notes, *near_duplicates_note(images)]
     if config.device == "cpu" and config.epochs >= MANY and config.trains:
         notify(
             f"{config.epochs} epochs on a CPU take days to weeks: --dry-run estimates how long, "
@@ -140,7 +140,7 @@ def main_job(config: Config, folder: Path) -> None:
     draw_features(encoder, images.train, images.test, images.dataset, config, folder)
     extra: dict[str, Any] = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
-    extra["data_notes"] = list(images.notes)
+    extra["data_notes"] = notes
     detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     if images.test is None:
         end_without_test(detectors, images, extra, folder)
@@ -322,26 +322,28 @@ def plan(config: Config, images: Images, folder: Path) -> str:
         training = "no pre-training: none"
     return (
         f"{dataset.root}: {dataset.layout}; {train} healthy training images, "
-        f"{len(images.healthy)} healthy ones kept out (--healthy-share), "
+        f"{len(images.healthy)} healthy ones held out (--healthy-share), "
         f"{normal} normal and {abnormal} abnormal test images, {masks} masks\n"
         f"{training} at {config.image_size} px on {config.device}; results go to {folder}"
     )
 
 
-def warn_of_near_duplicates(images: Images) -> None:
-    """Warn if test images are nearly the same as training images; the first process looks."""
+def near_duplicates_note(images: Images) -> list[str]:
+    """A warning if test images are nearly the same as training images; the first process looks."""
     pairs: list[tuple[int, int]] = []
     if images.test is not None and ranks()[0] == 0:
         pairs = near_duplicates(images.train, images.test)
     wait_for_all()
     if not pairs:
-        return
+        return []
     test, train = pairs[0]
     dataset = images.dataset
-    notify(
-        f"warning: {len(pairs)} test images are nearly the same as a training image, such as "
+    note = (
+        f"{len(pairs)} test images are nearly the same as a training image, such as "
         f"{dataset.test[test].path} and {dataset.train[train]}: the results may be optimistic"
     )
+    notify(f"warning: {note}")
+    return [note]
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def _detector(name: str, s: Array, new: NewImages) -> Section:
     content = f'<div class="charts">{charts.histogram(groups, threshold, text)}</div>'
     if threshold is None:
         content += (
-            "<p>The run has neither test images nor healthy ones that were kept out of its "
+            "<p>The run has neither test images nor healthy ones that were held out of its "
             "training, so there is no threshold: these scores can be compared with one another "
             "only.</p>"
         )

@@ -34,7 +34,7 @@ NAMES = {
     "igd": "IGD on the network of this run",
     "untrained": "PaDiM on random weights: what the pre-training has to beat",
     "trivial": "a detector of a few lines: what any method has to beat",
-    "f_beta": "the pre-training's own head: how sure it is of a fake lesion",
+    "f_beta": "the pre-training's own head: how sure it is that the class is not 0",
 }
 MEASURES = {  # column -> key of a row; shown with KEY_sd and KEY_interval, where it has these
     "AUROC": "image_auroc",
@@ -302,13 +302,16 @@ def _training(log: Path, title: str) -> str:
 
 def _views(folder: Path, config: Mapping[str, Any]) -> str:
     """The figure of the classes that the pre-training distinguishes."""
-    file = folder / "figures" / f"{config.get('strong', 'medmix')}.png"
+    strong = config.get("strong", "medmix")
+    file = folder / "figures" / f"{strong}.png"
     if not file.is_file():
         return ""
     with Image.open(file) as image:
         content = jpeg(image)
         size = f'width="{image.width}" height="{image.height}"'
-    what = "Healthy images with 0, 1, ... fake lesions, which the pre-training learns to tell apart"
+    what = "Healthy images with 0, 1, ... fake lesions"
+    what = what if strong == "medmix" else f"Classes 0, 1, ... of {strong}"
+    what += ", which the pre-training learns to tell apart"
     picture = img(content, what).replace('width="160" height="160"', size)
     return f"<figure>{picture}<figcaption>{what}.</figcaption></figure>"
 

@@ -68,7 +68,7 @@ def judge(name: str, detector: Any, results: Mapping[str, Any]) -> Judge:
     row, healthy = results.get(name, {}), getattr(detector, "healthy", None)
     if healthy is None:
         notify(
-            f"{name}: no healthy images were kept out of its training (fewer than 20 of them, or "
+            f"{name}: no healthy images were held out of its training (fewer than 20 of them, or "
             "--healthy-share 0): no percentiles"
             f"{'' if 'threshold' in row else ', no verdict'}"
         )

@@ -186,7 +186,7 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
     if "trivial" in rows:
         notes.append(f"trivial: {rows['trivial']['baseline']}, the best of five without a network.")
     if "f_beta" in rows:
-        notes.append("f_beta: 1 - P(no fake lesion), R22.")
+        notes.append("f_beta: 1 - P(n = 0), R22.")
     if fakes:
         notes.append(fakes_described(fakes))
     return [markdown_table(lines), " ".join(notes) + "\n"]

@@ -1,4 +1,4 @@
-"""healthy.py: which images are kept out, and what is measured on them and stored."""
+"""healthy.py: which images are held out, and what is measured on them and stored."""
 
 from __future__ import annotations
 

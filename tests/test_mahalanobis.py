@@ -97,6 +97,25 @@ def test_distances_stay_within_their_rounding_budget(backend, case):
     assert_within(got, want, budget(*case))
 
 
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton")
+@settings(max_examples=20)
+@given(case=cases())
+def test_tf32_rounds_both_factors_to_ten_bits(case):
+    want = mahalanobis_ref(*(t.double() for t in case))
+    got = mahalanobis.mahalanobis(*case, backend="triton", allow_tf32=True)
+    assert_within(got, want, budget(*case, stored=2 * 2.0**-11 / U32))
+
+
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton")
+def test_tf32_is_for_several_images_and_coarser():
+    x, mean, W, _ = make_case(3, 4, 40, seed=14)
+    for B in (1, 3):
+        want = mahalanobis_ref(x[:B].double(), mean.double(), W.double())
+        got = mahalanobis.mahalanobis(x[:B], mean, W, backend="triton", allow_tf32=True)
+        off = ((got - want).abs() / budget(x[:B], mean, W)).max()
+        assert (off > 1) == (B > 1)  # one image has no matrix product
+
+
 @given(case=cases())
 def test_block_rows_stand_for_the_whole_of_w(case):
     x, mean, W = case
@@ -245,6 +264,15 @@ def test_a_float32_whitening_survives_an_ill_conditioned_covariance():
 def test_what_is_undefined_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         mahalanobis.mahalanobis(*change(*make_case(2, 2, 3, seed=10)[:3]))
+
+
+def test_rows_that_are_not_those_of_w_are_refused():
+    x, mean, W, _ = make_case(2, 3, 4, seed=13)
+    whole = mahalanobis.mahalanobis(x, mean, W, rows=[W.mT], backend="torch")
+    assert torch.equal(whole, mahalanobis.mahalanobis(x, mean, W, backend="torch"))
+    for rows in ([W.mT[:, :2, :2]], [W.mT[:, :, :2]], [W.mT[:1]]):
+        with pytest.raises(ValueError, match="block rows"):
+            mahalanobis.mahalanobis(x, mean, W, rows=rows)
 
 
 def test_unusable_backends_are_refused():

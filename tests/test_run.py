@@ -61,8 +61,8 @@ def test_many_epochs_on_a_cpu_are_announced_before_the_training(
     def begin(*_):
         raise Begun
 
-    images = SimpleNamespace(pixels=None)
-    for name, value in (("prepare", images), ("plan", ""), ("warn_of_near_duplicates", None)):
+    images = SimpleNamespace(pixels=None, notes=())
+    for name, value in (("prepare", images), ("plan", ""), ("near_duplicates_note", [])):
         monkeypatch.setattr(job, name, lambda *_, value=value: value)
     monkeypatch.setattr(job, "pretrained", begin)
     with pytest.raises(Begun):

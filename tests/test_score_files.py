@@ -30,7 +30,7 @@ class Bright:
 
 
 class Blind(Bright):
-    """Without heat maps, and no healthy images were kept out of its training."""
+    """Without heat maps, and no healthy images were held out of its training."""
 
     healthy = None
 
@@ -82,7 +82,7 @@ def test_scores_percentiles_verdicts_and_overlays(run, new, capsys):
     assert lines[1][1:4] == ["bright", "0.2", "25.0%"] and lines[2][1:4] == [
         "bright", "0.4", "50.0%",
     ]  # fmt: skip
-    assert "blind: no healthy images were kept out" in err and "no verdict" in err
+    assert "blind: no healthy images were held out" in err and "no verdict" in err
     rows = rows_of(run / "scored")
     assert [r["path"] for r in rows] == [c[0] for c in lines]
     assert [float(r["bright_percentile"]) for r in rows] == [100, 25, 50]
