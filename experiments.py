@@ -66,9 +66,9 @@ def folder_of(config: Config, out: Path) -> Path:
         if _has_settings(config, read_json(file)):
             return file.parent
     settings = {name: getattr(config, name) for name in deciding(config)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     what = "-".join([dataset_name(config), config.method, *chosen(config.detector)])
-    return out / f"{what}-{digest}-seed{config.seed}"
+    return out / f"{what}-{key}-seed{config.seed}"
 
 
 def dataset_name(config: Config) -> str:

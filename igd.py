@@ -72,7 +72,7 @@ def unfold(x: Tensor, stride: int) -> Tensor:
 
 
 def fold(patches: Tensor, size: int, stride: int) -> Tensor:
-    """Maps (B, S, S): at a pixel, the mean of its patches (B, L, 32, 32), or values (B, L, 1, 1)."""
+    """Maps (B, S, S): at a pixel the mean of the patches (B, L, 32, 32), or values (B, L, 1, 1)."""
     columns = patches.expand(-1, -1, PATCH, PATCH).flatten(2).mT  # (B, 1024, L)
     total = F.fold(columns, size, PATCH, stride=stride)
     return (total / F.fold(torch.ones_like(columns[:1]), size, PATCH, stride=stride))[:, 0]

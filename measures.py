@@ -1,8 +1,8 @@
 """The paper's measures: AUROC, specificity and other rates, IoU, Dice, Pro-score.   [P:§4.3]
 
 A larger score is more abnormal, and "abnormal" always means score >= threshold, for images and for
-pixels. Every measure takes arrays and tensors alike, needs NumPy alone, and raises ValueError if a
-class is absent or a score is NaN. Not here: which images set the thresholds (eval.py).
+pixels. Every measure takes arrays and tensors alike and needs NumPy alone. Those of scores raise
+ValueError if a class is absent or a score is NaN. Not here: which images set thresholds (eval.py).
 
 Sizes: N images, S pixels a side, P abnormal pixels, K lesions (8-connected regions), T thresholds.
 """
@@ -30,8 +30,7 @@ def _array(values: Any) -> Array:
 def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array, Array]:
     """How many negatives lie above, and how many at or above, each (sorted) positive score.
 
-    positive:  (P,) sorted, so that the searches walk through memory in order.
-    negatives: blocks of scores; counts add up over blocks, so memory is that of one block.
+    positive:  (P,) sorted.   negatives: blocks of scores, of which one is in memory at a time.
     returns:   above (P,) and reached (P,), int64.
     """
     above, reached = np.zeros((2, len(positive)), np.int64)
@@ -187,7 +186,7 @@ def pixel_measures(
     maps, masks, index = _array(maps), _array(masks), np.arange(len(maps))[_array(index)]
     if maps.shape != masks.shape:
         raise ValueError(f"maps of shape {maps.shape} for masks of shape {masks.shape}")
-    size = max(1, SORTED // max(1, maps[0].size))
+    size = max(1, SORTED // max(1, maps[:1].size))
     blocks = [index[k : k + size] for k in range(0, len(index), size)]
     scores, weights, lesions = [], [], 0
     for block in blocks:
@@ -220,21 +219,22 @@ def dice_threshold(
 ) -> tuple[float, float]:
     """argmax_t mean_i Dice(s_i >= t, M_i) over the images in `index`, and that mean.   [P!§4.3 R9]
 
-    The thresholds tried are `levels` of their distinct scores (of 4 million or so, if there are
-    more), at even ranks. Each image is sorted once, and all thresholds are searched in it.
+    Tried are `levels` of their distinct scores (of 4 million or so, if more), at even ranks.
     returns: the threshold (the highest of several) and the mean Dice there.
     """
     maps, masks, index = _array(maps), _array(masks), np.arange(len(maps))[_array(index)]
-    size = maps[0].size
+    size = maps[:1].size
     step = (len(index) * size >> 22) | 1  # 4 M scores suffice to rank by; odd, to meet all columns
     pooled = np.unique(np.concatenate([np.ravel(maps[i])[i % step :: step] for i in index]))
     ranks = np.linspace(0, len(pooled) - 1, min(levels, len(pooled))).round().astype(int)
     t = pooled[ranks][::-1]  # (T,) from strict to lax
     total = np.zeros(len(t))
     for i in index:
-        inside = np.sort(maps[i][masks[i].astype(bool)])
+        inside, ranked = np.sort(maps[i][masks[i].astype(bool)]), np.sort(maps[i], axis=None)
+        if np.isnan(ranked[-1]):
+            raise ValueError("a score is NaN")
         hits = len(inside) - np.searchsorted(inside, t, "left")
-        predicted = size - np.searchsorted(np.sort(maps[i], axis=None), t, "left")
+        predicted = size - np.searchsorted(ranked, t, "left")
         total += 2 * hits / np.maximum(predicted + len(inside), 1)
     best = int(total.argmax())
     return float(t[best]), float(total[best] / len(index))

@@ -80,7 +80,7 @@ def class_views(
             x_n, generator, preset=config.weak, min_area=config.crop_area or None,
             strength=config.jitter, out=views[view::2],
         )  # fmt: skip
-    if turned:  # last: mirrored after a quarter turn, it would be the opposite turn    [P!§4.7.2 R32]
+    if turned:  # last: a quarter turn, then mirrored, is the opposite turn  [P!§4.7.2 R32]
         views = augment(views, n.repeat_interleave(2), generator)[0]
     n = torch.arange(config.classes, device=x.device).repeat_interleave(2 * len(x))  # (N,)
     return views, n, torch.arange(len(n), device=x.device) ^ 1

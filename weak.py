@@ -46,15 +46,15 @@ def weak(
     strength: factor of the preset's colour jitter, 0 or above.
     out:      (B, 3, S, S) to write into, not x: at 256 px new memory costs a tenth of the time.
     returns:  (B, 3, S, S) in [0, 1].
-    raises:   ValueError for an unknown preset, a min_area outside (0, 1], other shapes.
+    raises:   ValueError for an unknown preset, min_area outside (0, 1], strength < 0, other shapes.
     """
     side = side_of(x)
     if preset not in WEAK:
         raise ValueError(f"preset must be one of {', '.join(WEAK)}, got {preset!r}")
     area, strengths, jitter_p, grey_p, blur_p = WEAK[preset]
-    if not 0 < (area := area if min_area is None else min_area) <= 1:
-        raise ValueError(f"min_area must be in (0, 1], got {area}")
-    out = x.new_empty(x.shape) if out is None else out
+    if not (0 < (area := area if min_area is None else min_area) <= 1 and strength >= 0):
+        raise ValueError(f"0 < min_area <= 1 and strength >= 0, got {area} and {strength}")
+    out = x.new_empty(x.shape) if out is None else out.view(x.shape)  # of that shape
     chunk = max(16, (CHUNK if x.device.type == "cpu" else GPU_CHUNK) // side**2)
     for images, views in zip(x.split(chunk), out.split(chunk), strict=True):
         b = len(images)

@@ -29,12 +29,12 @@ from baselines.steps import (
 
 
 def adversarial(of_real: Tensor, of_fake: Tensor) -> Tensor:
-    """-E log D(real) - E log (1 - D(fake)), D the sigmoid of the logits.   [A:R28]"""
+    """-E log D(real) - E log (1 - D(fake)), D the sigmoid of the logits.   [P!§4.4.1 R28]"""
     return F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
 
 
 def cycle(x: Tensor, x_tilde: Tensor, z: Tensor, z_tilde: Tensor) -> tuple[Tensor, Tensor]:
-    """E |x - G_x(G_z(x))| and E |z - G_z(G_x(z))|, means over all elements.   [A:R28]"""
+    """E |x - G_x(G_z(x))| and E |z - G_z(G_x(z))|, means over all elements.   [P!§4.4.1 R28]"""
     return (x - x_tilde).abs().mean(), (z - z_tilde).abs().mean()
 
 
@@ -44,12 +44,12 @@ class ADGAN(Detector):
 
     kind: ClassVar[str] = "adgan"
     quick: ClassVar[dict[str, Any]] = {"epochs": 15, "batch_size": 16, "width": 12, "lr": 1e-3}
-    epochs: int = 500  #                                                               [R28]
+    epochs: int = 500  #                                                      [P!§4.4.1 R28]
     batch_size: int = 32
-    lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                               [R28]
-    latent: int = 128  # Z, normal                                                     [R28]
-    weight_x: float = 10.0  # of images there and back                                 [R28]
-    weight_z: float = 1.0  # of latents there and back                                 [R28]
+    lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                      [P!§4.4.1 R28]
+    latent: int = 128  # Z, normal                                            [P!§4.4.1 R28]
+    weight_x: float = 10.0  # of images there and back                        [P!§4.4.1 R28]
+    weight_z: float = 1.0  # of latents there and back                        [P!§4.4.1 R28]
 
     def build(self, start: Any) -> dict[str, nn.Module]:
         size, width = self.image_size, self.width

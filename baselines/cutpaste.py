@@ -62,7 +62,7 @@ def paste(
 def draw_pastes(
     b: int, size: int, generator: torch.Generator, *, scar: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `paste` takes, drawn: rectangles of whole pixels that lie in the image.   [C:§A R24]
+    """What `paste` takes, drawn: rectangles of whole pixels in the image.   [C:§A] [P!§4.4.1 R24]
 
     scar: thin ones, turned by up to 45 degrees; their pixels are scaled with S, by 0.5 at least.
     """
@@ -86,7 +86,7 @@ def draw_pastes(
 
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and W with W^T W = Sigma^-1, Sigma = (1 - s) S + s tr(S)/C I.   [C:GDE R24]
+    """mu and W with W^T W = Sigma^-1, Sigma = (1 - s) S + s tr(S)/C I.   [C:GDE] [P!§4.4.1 R24]
 
     S is the covariance with 1/N; s is Ledoit and Wolf's (2004) shrinkage, without which S could not
     be inverted for N <= C.

@@ -42,9 +42,9 @@ class DAE(Detector):
     kind: ClassVar[str] = "dae"
     zero: ClassVar[set[str]] = {"seed", "denoise"}
     quick: ClassVar[dict[str, Any]] = {"epochs": 20, "batch_size": 16, "width": 16}
-    epochs: int = 256  # as many as IGD has                                          [R25]
+    epochs: int = 256  # as many as IGD has                                 [P!§4.4.1 R25]
     batch_size: int = 16
-    lr: float = 1e-3  # of Adam                                                      [R25]
+    lr: float = 1e-3  # of Adam                                             [P!§4.4.1 R25]
     latent: int = 128  # Z                                                         [P:§4.2]
     denoise: float = 0.0
 

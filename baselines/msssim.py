@@ -25,7 +25,7 @@ class MSSSIM(Detector):
     quick: ClassVar[dict[str, Any]] = {"epochs": 15, "batch_size": 16, "width": 16}
     epochs: int = 256  #                                                             [I:code]
     batch_size: int = 16
-    lr: float = 1e-3  # of Adam                                                      [R25]
+    lr: float = 1e-3  # of Adam                                             [P!§4.4.1 R25]
     latent: int = 128  # Z                                                         [P:§4.2]
     rho: float = 0.15  #                                                           [P:(11)]
 

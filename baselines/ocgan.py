@@ -39,10 +39,10 @@ def fake(logits: Tensor) -> Tensor:
 
 
 def mine(s: Tensor, classify: Callable[[Tensor], Tensor], steps: int, length: float) -> Tensor:
-    """Informative negatives: latents whose images the classifier takes for fakes.   [O:§3.4 R27]
+    """Latents whose images the classifier takes for fakes.   [O:§3.4] [P!§4.4.1 R27]
 
-    Gradient ascent of -log C(De(s)); each step moves every feature by `length` and stays in the
-    latent space.
+    Informative negatives, by gradient ascent of -log C(De(s)); each step moves every feature by
+    `length` and stays in the latent space.
 
     s: (B, Z) in [-1, 1].   classify: s -> logits (B,) of C(De(s)).   returns: (B, Z) in [-1, 1].
     """
@@ -73,12 +73,12 @@ class OCGAN(Detector):
     quick: ClassVar[dict[str, Any]] = {"epochs": 15, "batch_size": 16, "width": 12, "lr": 1e-3}
     epochs: int = 500  #                                                      [P!§4.4.1 R27]
     batch_size: int = 32
-    lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                               [R27]
+    lr: float = 2e-4  # of Adam with betas 0.5 and 0.999                      [P!§4.4.1 R27]
     latent: int = 288  # Z                                                          [O:§4.1]
     noise: float = 0.1  # deviation of what is added to images in [0, 1]          [O:code]
     weight: float = 40.0  # of the squared error: 10 for images in [-1, 1]          [O:§3.5]
     mining_steps: int = 5  #                                                        [O:§3.4]
-    mining_length: float = 0.05  #                                                     [R27]
+    mining_length: float = 0.05  #                                            [P!§4.4.1 R27]
 
     def build(self, start: Any) -> dict[str, nn.Module]:
         sides = [self.latent, 128, 64, 32, 16]  #                                   [O:§4.1]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from baselines.steps import Detector, Terms, Training, autocast, stages, unit
 
-KEPT = 10_000  # positions whose features are kept for the heat map               [R23]
-FISHER_IMAGES = 200  # that the Fisher information is estimated on, at most       [R23]
+KEPT = 10_000  # positions whose features are kept for the heat map      [P!§4.4.1 R23]
+FISHER_IMAGES = 200  # that the Fisher information is estimated on, at most [P!§4.4.1 R23]
 
 
 def compactness_loss(features: Tensor, centre: Tensor) -> Tensor:

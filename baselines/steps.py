@@ -1,8 +1,7 @@
 """What the compared detectors share: training by steps, files, two networks, a ResNet's layers.
 
-Each is a file in this folder, with its losses and its score. A detector's `trainings` can
-be run by any loop that calls `losses` and `update` until `step_done` is `total`; `fit` is the
-shortest one. Sizes: N training images, B images, S pixels a side.
+Each is a file here, with its losses and score. Any loop can run `trainings` that calls `losses` and
+`update` until `step_done` is `total`. Sizes: N training images, B images, S pixels a side.
 """
 
 from __future__ import annotations
@@ -121,9 +120,9 @@ class Detector(ABC):
     def checked(self, images: ArrayLike | Tensor) -> np.ndarray:
         """The images as an array of the right shape; a memory-map stays one."""
         data = np.asanyarray(images.cpu() if isinstance(images, Tensor) else images)
-        if data.shape[1:] != (3, self.image_size, self.image_size):
-            wanted = f"(N, 3, {self.image_size}, {self.image_size})"
-            raise ValueError(f"images must be {wanted}, got {tuple(data.shape)}")
+        s = self.image_size
+        if data.shape[1:] != (3, s, s):
+            raise ValueError(f"images must be (N, 3, {s}, {s}), got {tuple(data.shape)}")
         return data
 
     def settings(self) -> dict[str, Any]:
@@ -212,12 +211,10 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a training of the same images and settings needs to resume."""
-        return {
-            "settings": self.detector.settings() | {"images": len(self.data)},
-            "step": self.step_done,
-            "networks": self.detector.networks.state_dict(),
-            "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
-        }
+        settings = self.detector.settings() | {"images": len(self.data)}
+        optimisers = {name: o.state_dict() for name, o in self.optimisers.items()}
+        state = {"settings": settings, "step": self.step_done, "optimisers": optimisers}
+        return state | {"networks": self.detector.networks.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """raises: ValueError if the state is of other settings or of another number of images."""

@@ -5,7 +5,7 @@
 
 First every path is checked against the float64 definition, and nothing is timed if one is off.
 Then the clock warms up, matrix products and a copy are timed for the floors, and each row goes to
-the screen and to docs/kernels.csv; on a GPU all of them replace the table in docs/speed.md. The paths:
+the screen and to docs/kernels.csv; on a GPU they replace the table in docs/speed.md. The paths:
 
     triton, torch   ours, by its two backends (on a CPU there is no Triton path)
     eager           the definition with every (N, N) matrix in memory, in the dtype of the row
@@ -42,7 +42,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from bench.page import SPEED, add_commit, provenance, write_block
-from kernels import HAS_TRITON, triton
+from kernels import HAS_TRITON
 from kernels.contrastive import contrastive
 from kernels.mahalanobis import mahalanobis, mahalanobis_ref
 from losses import _rows_of_eq_5, centred_features, contrastive_loss, kappas

@@ -207,8 +207,8 @@ def main() -> None:
     measure("IGD step, 16 images, 128 px, width 16 / its networks' passes", igd_step(128, 16))
     measure("IGD score, 1 image, 256 px, 225 patches / PaDiM's", igd_scoring())
     torch.set_num_threads(1)
-    measure("MedMix and weak views, 256 views, 64 px, one thread / with Pillow", augmentation(64, 32))
-    measure("MedMix and weak views, 64 views, 256 px, one thread / with Pillow", augmentation(256, 8))
+    measure("MedMix and weak views, 256 views, 64 px / Pillow, one thread", augmentation(64, 32))
+    measure("MedMix and weak views, 64 views, 256 px / Pillow, one thread", augmentation(256, 8))
     print(counts())
     with open(SPEED.with_name("speed_gpu.csv" if gpu else "speed.csv"), "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -71,7 +71,7 @@ if torchvision := imported("torchvision"):
     assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# ## timm: the same names
+# ## timm: the same names `[P:§3.3]`
 
 # %%
 if timm := imported("timm"):
@@ -107,7 +107,7 @@ if padim_of_anomalib := imported("anomalib.models.image.padim.torch_model"):
     assert torch.allclose(theirs, ours, rtol=1e-3)
 
 # %% [markdown]
-# ## ONNX: the encoder and PaDiM's scores, for any runtime
+# ## ONNX: the encoder and PaDiM's scores, for any runtime `[P:(13)]`
 #
 # PaDiM scores with a network, one matrix for each position and one for the upsampling; written as
 # a single module, all of it is exported, for batches of any size.

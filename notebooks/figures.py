@@ -24,11 +24,14 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = "passive"
 sys.path.insert(0, str(Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()))
 
+import torch
 from IPython.display import Image, display
 
 from baselines.strong import STRONG
 from detectors import PaDiM
+from encoder import seeded
 from measures import auroc
+from medmix import medmix
 from pmsacl import Pretraining
 from support import data, layouts, phantom
 from support.cards import jpeg
@@ -36,6 +39,7 @@ from support.figures import dot_chart
 from support.job import main_job
 from support.options import make_config
 from support.paper_figures import draw
+from support.run import read_json, read_rows
 
 
 def show(picture):
@@ -61,6 +65,8 @@ assert (run / "results.json").exists()
 
 # %%
 show(draw(1, run))
+last = read_rows(run / "log.csv")[-1]
+assert float(last["distance"]) < 0.1 and float(last["accuracy"]) < 0.5  # of the four class means
 
 # %% [markdown]
 # ## Figure 2: MedMix `[P:Fig.2]`
@@ -70,6 +76,9 @@ show(draw(1, run))
 
 # %%
 show(draw(2, run))
+n = torch.arange(4).repeat_interleave(8)
+_, mask = medmix(torch.rand(8, 3, 64, 64, generator=seeded(0)), n, seeded(1))
+assert torch.equal(mask.flatten(1).any(dim=1), n > 0)  # none, then one to three
 
 # %% [markdown]
 # ## Figures 3 and 4: lesions found by PaDiM and by IGD `[P:Fig.3]` `[P:Fig.4]`
@@ -81,6 +90,8 @@ show(draw(2, run))
 # %%
 show(draw(3, run))
 show(draw(4, run))
+results = read_json(run / "results.json")
+assert results["padim"]["pixel_auroc"] > 0.8 and results["igd"]["pixel_auroc"] > 0.5
 
 # %% [markdown]
 # ## Figure 5: detections with their scores `[P:Fig.5]`
@@ -90,6 +101,9 @@ show(draw(4, run))
 
 # %%
 show(draw(5, run))
+threshold = results["padim"]["threshold"]
+for row in read_rows(run / "scores.csv"):
+    assert (float(row["padim_score"]) >= threshold) == (row["padim_predicted"] == "1")
 
 # %% [markdown]
 # ## Figures 6 and 7: which augmentation, and how many classes? `[P:Fig.6]` `[P:Fig.7]`
@@ -133,3 +147,4 @@ assert all(0 <= value <= 1 for [value] in (strong | classes).values())
 
 # %%
 display(Image(run / "figures" / "features.png"))
+assert results["f_beta"]["image_auroc"] < 0.9  # after five steps the classes lie mixed still

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # PMSACL step by step
 #
-# Eq. 1 to 7 and 13 in sections, on phantom images, in a minute or two on a CPU. Most end with an
-# `assert` on what they claim. The modules hold the method; nothing is defined here.
+# Eq. 1 to 7 and 13 in sections, on phantom images, in a minute or two on a CPU. Each ends with an
+# `assert` on what it claims. The modules hold the method; nothing is defined here.
 
 # %%
 import os
@@ -91,6 +91,7 @@ assert at_means < shifted  # the centres are the means: nothing is closer
 weak = losses.contrastive_loss(z, n, pair, c, alpha=5.0, positive_scale="tau")
 strong = losses.contrastive_loss(z, n, pair, c, alpha=1.0, positive_scale="tau")
 print(f"alpha 5: {weak:.3f}   alpha 1: {strong:.3f}")
+assert weak < strong  # alpha above 1 weakens the repulsion within a class
 collapsed = c[n].clone()  # every z at its centre: f = 0, and the loss is log(N - 1)
 at_centre = losses.contrastive_loss(collapsed, n, pair, c)
 assert abs(float(at_centre) - np.log(len(n) - 1)) < 1e-4

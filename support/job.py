@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -138,7 +138,7 @@ class Config:
     igd_batch_size: int = _option(IGD.batch_size, "images in a step of the global model", 2, 2**16)
     igd_patches: int = _option(IGD.patches, "patches in a step of the local model", 2, 10**6)
     igd_lr: float = _option(IGD.lr, "learning rate of IGD at the start", TINY, RATE)
-    igd_encoder_lr: float = _option(IGD.encoder_lr, "the same, of the encoders; 0 keeps them", 0, RATE)
+    igd_encoder_lr: float = _option(IGD.encoder_lr, "of its encoders; 0 keeps them", 0, RATE)
     igd_warmup: float = _option(IGD.warmup, "share of --igd-epochs before eq. 12 joins", 0, 1)
     igd_width: int = _option(IGD.width, "channels of IGD's networks at full size", 1, 1024)
     paper_protocol: bool = _option(False, "also measure images that set thresholds")  # [P!§4.3 R8]

@@ -119,7 +119,7 @@ def score_files(
             scored = _scored(
                 detectors, _readable(shown, skip_bad, left_out), min(batch, len(files))
             )
-            lacking = any(judge.scale is None for judge in judges.values())
+            lacking = any(each.scale is None for each in judges.values())
             first = list(islice(scored, MAPS_FOR_SCALE if lacking else 0))
             to.set_scales(first)
             for _ in ahead(to.draw, map(to.add, chain(first, scored))):

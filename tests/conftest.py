@@ -39,13 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import pmsacl  # noqa: E402
-from measures import dice  # noqa: E402
-from support import job, phantom  # noqa: E402
-
-SHIPPED_WATCHED_VIEWS = pmsacl.WATCHED_VIEWS
-pmsacl.WATCHED_VIEWS = 16  # watching the pretext task takes half of a small run's time
-
 torch.backends.cudnn.allow_tf32 = False  # or convolutions differ from one another by 1e-3
 # Also fills torch.empty with NaN, so that an element nobody wrote cannot look right.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -60,6 +53,13 @@ settings.register_profile(
 )
 settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+import pmsacl  # noqa: E402
+from measures import dice  # noqa: E402
+from support import job, phantom  # noqa: E402
+
+SHIPPED_WATCHED_VIEWS = pmsacl.WATCHED_VIEWS
+pmsacl.WATCHED_VIEWS = 16  # watching the pretext task takes half of a small run's time
 
 TINY = "--epochs 2 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
 

@@ -27,6 +27,16 @@ def test_contrastive_loss_is_the_printed_formula_for_each_reading_of_the_positiv
         assert_within(single, torch.tensor(want).double(), budget(z, want, tau))
 
 
+@pytest.mark.parametrize("tau", [0.1, 0.2, 1.0])
+def test_the_budget_rejects_a_denominator_with_the_view_itself(tau):
+    z = torch.randn(64, 8, generator=generator(0), dtype=torch.float64)
+    n, pair, c = torch.zeros(64).long(), torch.arange(64) ^ 1, torch.zeros(1, 8).double()
+    want = printed_eq_5(z, n, pair, c, tau, 1.0, 1 / tau)
+    f = nn.functional.normalize(z)
+    wrong = (f @ f.T / tau).logsumexp(1) - (f * f[pair]).sum(1) / tau  # j = i, too
+    assert abs(float(wrong.mean()) - want) > 10 * budget(z, want, tau)
+
+
 def test_the_readings_of_the_positive_differ():
     z, n = torch.randn(8, 4, generator=generator(0)), torch.arange(2).repeat_interleave(4)
     pair, c = torch.arange(8) ^ 1, torch.zeros(2, 4)
@@ -120,6 +130,11 @@ def test_centres_are_class_means_and_leave_running_averages_alone():
             sums[n[i]] += z[i]
             counts[n[i]] += 1
     torch.testing.assert_close(c, (sums / counts[:, None]).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_centres_need_a_view():
+    with pytest.raises(ValueError, match="needs a view of each class"):
+        losses.class_centres(nn.Flatten(), [])
 
 
 def test_centres_need_a_view_of_each_class():

@@ -328,6 +328,12 @@ def test_pixel_measures_refuse_what_they_cannot_measure():
         bad[at] = math.nan
         with pytest.raises(ValueError, match="NaN"):
             measures.aupro(bad, masks)
+        with pytest.raises(ValueError, match="NaN"):
+            measures.dice_threshold(bad, masks, [0])
+    with pytest.raises(ValueError, match="no lesion in the masks of 0 images"):
+        measures.aupro(maps[:0], masks[:0])
+    with pytest.raises(ValueError):
+        measures.dice_threshold(maps, masks, np.arange(0))
 
 
 @given(heat_maps())

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import mvtec
+from PIL import Image
 
 import eval as evaluation
 from detectors import PaDiM
@@ -330,6 +331,19 @@ def test_the_slider_gets_every_score_or_even_ranks_of_too_many():
     assert len(many["normal"]) == SCORES and not many["abnormal"]
     assert (many["normal"][0], many["normal"][-1]) == (0, 3 * SCORES - 1)
     assert not recounted(scores, None, 1.0)["labelled"]
+
+
+@pytest.mark.parametrize(
+    ("strong", "words"),
+    [
+        ("medmix", "Healthy images with 0, 1, ... fake lesions"),
+        ("rotation", "Classes 0, 1, ... of"),
+    ],
+)
+def test_the_views_are_named_by_what_makes_their_classes(strong, words, tmp_path):
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "figures" / f"{strong}.png")
+    assert words in report._views(tmp_path, {"strong": strong})
 
 
 # --- new images ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from PIL import Image
 import eval as evaluation
 import pmsacl
 from encoder import ResNet18, seeded
-from support import job, options, run
+from support import job, layouts, options, run
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -68,6 +68,18 @@ def test_many_epochs_on_a_cpu_are_announced_before_the_training(
     with pytest.raises(Begun):
         job.main_job(options.Config(**{"device": "cpu", "epochs": 500, **settings}), tmp_path)
     assert ("--preset quick" in capsys.readouterr().err) == told
+
+
+def test_near_duplicates_are_told_and_stand_in_the_results(phantoms, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, "near_duplicates", lambda train, test: [(1, 2)])
+    given = ["--data", str(phantoms), "--out", str(tmp_path / "r"), "--method", "none", *TINY]
+    assert job.main(given) == 0
+    dataset = layouts.discover(phantoms)
+    note = "1 test images are nearly the same as a training image, such as "
+    note += f"{dataset.test[1].path} and {dataset.train[2]}: the results may be optimistic"
+    assert f"warning: {note}" in " ".join(capsys.readouterr().err.split())
+    assert note in json.loads((tmp_path / "r" / "results.json").read_text())["data_notes"]
+    assert note in (tmp_path / "r" / "results.md").read_text()
 
 
 def test_a_run_folder_holds_what_the_design_says(finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,32 @@ def test_the_papers_figure_stands_beside_ours_on_its_data_set_only():
     assert "|  | IoU | Dice | Pro | Pro, all | pixel AUROC |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
     assert widths == {6, 7}
+
+
+@pytest.mark.parametrize(
+    ("root", "config", "row", "lines"),
+    [
+        (
+            "LAG",
+            {"method": "ccd"},
+            "igd",
+            ["Table 2: CCD - IGD | 0.874", "Table 7: CCD - IGD | 0.509"],
+        ),
+        ("liu", {"method": "none"}, "padim", ["Table 3: PaDiM | 0.741"]),
+        ("liu", {"method": "pmsacl"}, "dae", ["Table 3: DAE* | 0.629"]),
+        ("covidx", {"method": "pmsacl"}, "msssim", ["Table 4: MS-SSIM | 0.634"]),
+        ("LAG", {"method": "simclr"}, "padim", []),
+        ("LAG", {"method": "pmsacl", "encoder": "runs/a"}, "padim", []),
+        ("LAG", {"method": "pmsacl"}, "ocgan", []),  # not in Table 2
+        ("polyps", {"method": "pmsacl"}, "padim", []),
+    ],
+)
+def test_the_papers_row_is_that_of_the_images_the_pre_training_and_the_detector(
+    root, config, row, lines
+):
+    ours = ROW | {"data": {"layout": "MVTec", "root": root}}
+    table = tables.results_table({row: ours, "untrained": ours, "init": "random", "config": config})
+    assert re.findall(r"\| paper, (.*? \| .*?) ", table) == lines
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,12 @@ def test_each_row_of_the_deviations_is_cited_and_each_cited_row_stands():
     assert set(rows) == cited()
 
 
+def test_a_row_is_cited_by_no_other_tag():
+    for path, text in SOURCES.items():
+        rows = [tag for tag in re.findall(r"\[[^\]\n]*\bR\d+\b[^\]\n]*\]", text)]
+        assert all(re.fullmatch(r"\[(P[:!][^\]]+)\]", tag) for tag in rows), (path, rows)
+
+
 def test_rows_that_the_docs_name_stand():
     rows = set(re.findall(r"^\| (R\d+) \|", DEVIATIONS, re.MULTILINE))
     for file in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:

@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(tmp_path):
     toy = Toy()
     toy.worst = 4
     with pytest.raises(FloatingPointError, match="toy the loss is not finite in epoch 2, step 2 .*"
-                       "'a': nan.*lower --toy-lr .0.02.*last good state is kept in .*c.pt"):  # fmt: skip
+                       "'a': nan.*lower --toy-lr .0.02.*good state is kept in .*c.pt"):  # fmt: skip
         train(toy, tmp_path / "c.pt", tmp_path / "log.csv", save_every=0.0)
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     assert saved["step_done"] == 4 and float(saved["w"]) == pytest.approx(by_hand(4)[4])
