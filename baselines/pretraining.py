@@ -15,8 +15,7 @@ copies of an image repel it; over plain images it is SimCLR. It is eq. 5 with al
 at 0, and so runs on eq. 5's kernels. `imagenet`, `random` and `none` are start weights without
 training, those of `none` whatever --init says.
 
-Table 9's Rot-Net cites Golan & El-Yaniv 2018, who tell 72 geometric transformations apart; this is
-what its name says, four rotations.
+All have PMSACL's weak views, network and head.   [P!Tab.9 R33]
 
 Not here: the papers' anomaly scores (Table 9 puts PaDiM on all of them), LARS, queues and large
 batches, CSI's and DROC's other strong sets.
@@ -56,7 +55,7 @@ def nt_xent(z: Tensor, pair: Tensor, *, tau: float, rows: tuple[int, int] | None
     """l = E_i -log [ exp(f_i.f_pair(i) / tau) / sum_{j != i} exp(f_i.f_j / tau) ], f = z / ||z||.
 
     [S:(1)] over two views of each image; [CSI:§2.2] [DROC:§2] [CCD:§2] over two views of each
-    strong image, where the sum runs over all classes alike.
+    strong image, where the sum runs over all classes alike (DROC's code: over second views alone).
 
     z:       (N, Z) features of the views.
     pair:    (N,) int64, the other weak view of the same strong image.

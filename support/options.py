@@ -110,7 +110,7 @@ class Config:
     jitter: float = _option(1.0, "factor of the colour jitter", 0, 10)  # [P!§4.2 R16]
     # pre-training: the optimiser
     encoder: str = _option("", "use the encoders of this other run instead of training")
-    init: str = _option("auto", "start weights: auto, imagenet, random or a FILE")  # [P!§4.2 R14]
+    init: str = _option("auto", "weights: auto, imagenet, random (phantoms), FILE")  # [P!§4.2 R14]
     epochs: int = _option(2000, "passes over the images", 1, 10**6)  # [P!§4.2 R15]
     batch_size: int = _option(32, "images, with 2 |A| views of each", 2, 2**16)  # [P:§4.2]
     lr: float = _option(0.01, "learning rate at the start", TINY, RATE)  # [P:§4.2]
