@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL.Image import Image
 
-from baselines.lesion_classifier import LesionClassifier
 from detectors import PaDiM
 from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
@@ -26,6 +25,7 @@ from support import cards, checks, data, figures, healthy, layouts, report
 from support.claim import held, signals
 from support.compared import COMPARED
 from support.depth import window_of_set
+from support.lesion_classifier import LesionClassifier
 from support.progress import complain, notify, quietly, show
 from support.readers import build_detector, folder_of_other, read_config, read_results
 from support.run import Parser, given_path, pick_device, read_saved, read_text, real

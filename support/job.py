@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from baselines.lesion_classifier import LesionClassifier
 from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
@@ -37,6 +36,7 @@ from support.depth import window_of_set
 from support.dryrun import dry_run
 from support.features import draw_features
 from support.figures import reconstruction_figure, write_all
+from support.lesion_classifier import LesionClassifier
 from support.options import Config, parse, resolve
 from support.paper_figures import views_figure
 from support.progress import complain, notify, progress, show

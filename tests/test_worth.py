@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as evaluation
-from baselines.lesion_classifier import LesionClassifier
 from encoder import Encoder, ResNet18
 from measures import auroc
 from support import worth
 from support.layouts import Sample
+from support.lesion_classifier import LesionClassifier
 
 
 def smooth_images(count, size=32, seed=0):
