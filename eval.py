@@ -210,7 +210,6 @@ def evaluate(
     raises:    ValueError as `protocol`, before anything is scored.
     """
     started = time.perf_counter()
-    dataset.check_test(len(images))
     labels = dataset.labels
     validation = validation_split(labels, seed)
     test, usable = paper_protocol | ~validation, ~validation & (True if known is None else known)

@@ -291,26 +291,20 @@ def _parser() -> Parser:
         "the paper's: Hyper-Kvasir by its layout, Hyper-Kvasir, LAG, Liu or Covid-X by the name of "
         "their folder. All other options are those of pmsacl.py.",
     )
+    add = parser.add_argument
     for kind in ("table", "figure"):
         numbers = [*PICTURES] if kind == "figure" else []
         numbers += [int(name.split()[1]) for name in ROWS if name.startswith(kind)]
-        parser.add_argument(f"--{kind}", type=int, nargs="+", default=[], choices=numbers)
-    parser.add_argument("--run", type=given_path, help="draw figures 1 to 5 from this finished run")
-    parser.add_argument(
-        "--sweep", type=given_path, metavar="FILE", help="in each line: a name and options"
-    )
-    parser.add_argument(
-        "--rows",
-        type=given_path,
-        metavar="FILE",
-        help="in each line: the name of a row and more options for it",
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="runs for each row (default: 5)")
-    parser.add_argument(
-        "--out", type=given_path, default=Path("runs/experiments"), help="folder of runs and tables"
-    )
-    parser.add_argument("--keep", action="store_true", help="keep finished runs' checkpoints")
-    parser.add_argument("--show", action="store_true", help="run nothing, show the finished runs")
+        add(f"--{kind}", type=int, nargs="+", default=[], choices=numbers)
+    add("--run", type=given_path, help="draw figures 1 to 5 from this finished run")
+    add("--sweep", type=given_path, metavar="FILE", help="in each line: a name and options")
+    more = "in each line: the name of a row and more options for it"
+    add("--rows", type=given_path, metavar="FILE", help=more)
+    add("--seeds", type=int, default=5, help="runs for each row (default: 5)")
+    out = Path("runs/experiments")
+    add("--out", type=given_path, default=out, help="folder of runs and tables")
+    add("--keep", action="store_true", help="keep finished runs' checkpoints")
+    add("--show", action="store_true", help="run nothing, show the finished runs")
     return parser
 
 

@@ -361,7 +361,7 @@ def test_paste():
 check(results, "MedMix's paste", test_paste)
 
 # %% [markdown]
-# ## How far you are
+# ## How far you are, and your PaDiM on images `[P:(13)]`
 
 # %%
 right = [exercise for exercise, end in results.items() if end == "right"]

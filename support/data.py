@@ -93,11 +93,9 @@ def is_deep(image: Image.Image) -> bool:
 def is_deep_file(path: Path) -> bool:
     """The same of a file; False for one that cannot be read, which is reported when decoded."""
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with _named_errors(path), open_regular(path) as file, Image.open(file) as image:
             return is_deep(image)
-    except MemoryError:
-        raise
-    except Exception:
+    except ValueError:
         return False
 
 
@@ -108,9 +106,7 @@ def extremes(path: Path) -> tuple[float, float, bool] | None:
     """
     try:
         loaded = _load(path)
-    except MemoryError:
-        raise
-    except Exception:
+    except ValueError:
         return None
     values = np.asarray(loaded, np.float64)
     whole = bool(np.isfinite(values).all())

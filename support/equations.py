@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 import textwrap
 from pathlib import Path
 
@@ -113,16 +112,5 @@ def _source(text: str, path: list[str]) -> str:
     return textwrap.dedent("\n".join(text.splitlines()[first - 1 : last]))
 
 
-def main() -> int:
-    """Write the page anew; 2 where it names something that is not there."""
-    file = ROOT / PAGE
-    try:
-        file.write_text(updated(file.read_text(), ROOT))
-    except (ValueError, OSError) as error:
-        print("equations:", error, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    (ROOT / PAGE).write_text(updated((ROOT / PAGE).read_text(), ROOT))

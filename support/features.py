@@ -59,7 +59,7 @@ def draw_features(
     z = torch.cat([_features(encoder, images, device) for images in groups.values()])
     if not z.isfinite().all():
         raise FloatingPointError("the encoder's features are not finite; a lower --lr may help")
-    y2, _ = tsne(z, generator, perplexity=min(30.0, len(z) / 4))
+    y2 = tsne(z, generator, perplexity=min(30.0, len(z) / 4))
     points = {name: part.numpy() for name, part in zip(groups, y2.split(sizes), strict=True)}
     title = f"t-SNE of z = f_theta(x): {dataset.root.name}, {config.method}, {config.strong}"
     write_file(folder / "figures" / "features.png", png(scatter(points, title)))

@@ -70,13 +70,8 @@ class Dataset:
     def has_masks(self) -> bool:
         return self.counts[-1] > 0
 
-    def check_test(self, count: int | None = None) -> None:
-        """raises: ValueError if the test images, where there are any, are not two of each class.
-
-        count: the number of decoded images, one for each sample.
-        """
-        if count not in (None, len(self.test)):
-            raise ValueError(f"{count} images for {len(self.test)} test samples")
+    def check_test(self) -> None:
+        """raises: ValueError if the test images, where there are any, are not two of each class."""
         _, normal, abnormal, _ = self.counts
         if self.test and min(normal, abnormal) < 2:
             kinds = ", ".join(f"{k}/" for k in dict.fromkeys(s.kind for s in self.test))

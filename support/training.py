@@ -247,36 +247,34 @@ def start_weights(backbone: ResNet18, init: str) -> str:
             return "random"
         backbone.load_state_dict(weights)
         return "imagenet"
+    _fill(backbone, Path(init), f"--init {init}")
+    return Path(init).name
+
+
+def _fill(backbone: ResNet18, file: Path, given: str) -> None:
+    """Take the weights of a file.   raises: ValueError that begins with `given`."""
     try:
-        weights = read_saved(init, "state dict", "cpu")
+        weights = read_saved(file, "state dict", "cpu")
         backbone.load_state_dict(weights)
     except OSError as error:
-        raise ValueError(f"--init {init}: {error.strerror}") from None
+        raise ValueError(f"{given}: {error.strerror}") from None
     except Exception as error:  # whatever the file holds, it may be anything
         if short_of_memory(error):
             raise
         raise ValueError(
-            f"--init {init}: no state dict of a resnet18; give a run's encoder.pt or torchvision's"
+            f"{given}: no state dict of a resnet18; give a run's encoder.pt or torchvision's"
         ) from None
     if not all_finite(weights):
-        raise ValueError(f"--init {init}: some weights are infinite or NaN")
-    return Path(init).name
+        raise ValueError(f"{given}: some weights are infinite or NaN")
 
 
 def encoder_of(folder: Path, name: str, device: str) -> tuple[Encoder, str]:
-    """Another run's encoder, with heads that nothing has trained.   raises: ValueError, OSError."""
+    """Another run's encoder, with heads that nothing has trained.   raises: ValueError."""
     file, encoder = folder / name, Encoder()
     if not file.is_file():
         remedy = "; train it with --detector both, or add --local no" if "local" in name else ""
         raise ValueError(f"--encoder {folder}: there is no {name} here{remedy}")
-    try:
-        encoder.backbone.load_state_dict(weights := read_saved(file, "encoder", "cpu"))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        if short_of_memory(error):
-            raise
-        raise ValueError(f"{file}: no state dict of a resnet18") from None
-    if not all_finite(weights):
-        raise ValueError(f"--encoder {folder}: some weights of {name} are infinite or NaN")
+    _fill(encoder.backbone, file, f"--encoder {folder}: {name}")
     return encoder.to(device).eval(), f"the encoder of {folder.name}"
 
 

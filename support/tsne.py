@@ -49,10 +49,10 @@ def start(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def tsne(
     x: Tensor, generator: torch.Generator, *, perplexity: float = 30.0, steps: int = 1000
-) -> tuple[Tensor, float]:
-    """Points in the plane whose neighbours are those of x, and KL(P || Q), what was minimised.
+) -> Tensor:
+    """Points in the plane whose neighbours are those of x: they minimise KL(P || Q).
 
-    x:       (N, D).   returns: (N, 2) float64, and the cost.
+    x:       (N, D).   returns: (N, 2) float64.
     raises:  ValueError unless 1 < perplexity < N.
     """
     if not 1 < perplexity < len(x):
@@ -70,5 +70,4 @@ def tsne(
         gains = torch.where(gradient * velocity < 0, gains + 0.2, gains * 0.8).clamp_min(0.01)
         velocity = (0.5 if early else 0.8) * velocity - rate * gains * gradient
         y = y + velocity
-    w = (1 / (1 + torch.cdist(y, y).square())).fill_diagonal_(0)
-    return y, float((p * (p / (w / w.sum()).clamp_min(TINY)).log()).sum())
+    return y

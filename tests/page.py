@@ -48,17 +48,23 @@ def dot(f, i, j):
     return sum(p * q for p, q in zip(f[i], f[j], strict=True))
 
 
-def printed_eq_5(z, n, pair, c, tau, alpha, scale):
-    """Mean over i of -log of eq. 5's fraction, f by eq. 6 and kappa by eq. 7."""
-    f, total = units(z, c[n]), 0.0
+def printed_rows_of_eq_5(z, n, pair, c, tau, alpha, scale):
+    """-log of eq. 5's fraction for each i, f by eq. 6 and kappa by eq. 7."""
+    f, rows = units(z, c[n]), []
     for i in range(len(z)):
         denominator = 0.0
         for j in range(len(z)):
             if j != i:
                 kappa = 1 / (alpha * tau) if n[i] == n[j] else 1 / tau
                 denominator += math.exp(kappa * dot(f, i, j))
-        total += -math.log(math.exp(scale * dot(f, i, int(pair[i]))) / denominator)
-    return total / len(z)
+        rows.append(-math.log(math.exp(scale * dot(f, i, int(pair[i]))) / denominator))
+    return rows
+
+
+def printed_eq_5(*batch_and_constants):
+    """Their mean, eq. 4."""
+    rows = printed_rows_of_eq_5(*batch_and_constants)
+    return sum(rows) / len(rows)
 
 
 def printed_cross_entropy(logits, target):

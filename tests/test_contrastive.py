@@ -17,6 +17,7 @@ import torch
 from conftest import BACKENDS, DEVICE, HAS_GPU, ROOT, RUNS_TRITON, U32, assert_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from page import printed_rows_of_eq_5
 
 import losses
 from kernels import contrastive
@@ -178,35 +179,13 @@ def gradient_budget(case: Case, g: torch.Tensor, kernel: bool) -> torch.Tensor:
 # ------------------------------------------------------------------- the page and the definition
 
 
-def loop_over_the_page(case: Case) -> list[float]:
-    """[P:(5)]-[P:(7)] as printed, one view at a time, with the numerator's factor as given."""
-    z, c, n = case.z.tolist(), case.c.tolist(), case.n.tolist()
-    _, _, s = kappas(case.tau, case.alpha, case.positive_scale)
-    f = []
-    for i in range(len(z)):  # eq. 6
-        u = [a - b for a, b in zip(z[i], c[n[i]], strict=True)]
-        norm = max(math.sqrt(sum(a * a for a in u)), contrastive.EPS)
-        f.append([a / norm for a in u])
-
-    def dot(i: int, j: int) -> float:
-        return sum(a * b for a, b in zip(f[i], f[j], strict=True))
-
-    losses = []
-    for i in range(len(z)):
-        denominator = 0.0
-        for j in range(len(z)):
-            if j != i:
-                kappa = 1 / (case.alpha * case.tau) if n[i] == n[j] else 1 / case.tau  # eq. 7
-                denominator += math.exp(kappa * dot(i, j))
-        losses.append(-math.log(math.exp(s * dot(i, int(case.pair[i]))) / denominator))
-    return losses
-
-
 @pytest.mark.parametrize("positive_scale", ["kappa", "tau", 0.5])
 @pytest.mark.parametrize("classes", [[1], [3, 1, 2]])
 def test_the_definition_is_the_page(classes, positive_scale):
     case = make_case(classes, 5, seed=1, positive_scale=positive_scale)
-    want = torch.tensor(loop_over_the_page(case), dtype=torch.float64, device=DEVICE)
+    scale = kappas(case.tau, case.alpha, positive_scale)[2]
+    rows = printed_rows_of_eq_5(case.z, case.n, case.pair, case.c, case.tau, case.alpha, scale)
+    want = torch.tensor(rows, dtype=torch.float64, device=DEVICE)
     torch.testing.assert_close(case.definition(), want, rtol=1e-12, atol=1e-12)
 
 

@@ -47,7 +47,7 @@ def test_each_row_of_the_affinities_has_the_entropy_of_the_perplexity():
 
 def test_it_ends_in_a_minimum_of_the_cost():
     x = torch.randn(40, 5, generator=generator(), dtype=torch.float64)
-    y, cost = tsne(x, generator(), perplexity=10)
+    y = tsne(x, generator(), perplexity=10)
     p = affinities(x, 10)
 
     def kl(y):
@@ -59,7 +59,6 @@ def test_it_ends_in_a_minimum_of_the_cost():
     y = y.clone().requires_grad_()
     value = kl(y)
     value.backward()
-    assert value.item() == pytest.approx(cost, abs=1e-9)
     assert y.grad.abs().max() < 2e-3  # a minimum
     for seed in range(5):  # and no saddle
         moved = torch.randn(y.shape, generator=generator(seed), dtype=y.dtype)
@@ -68,16 +67,15 @@ def test_it_ends_in_a_minimum_of_the_cost():
 
 def test_clusters_stay_together_and_draws_are_the_seeds():
     x = clusters()
-    y, cost = tsne(x, generator(3), perplexity=10, steps=400)
-    again, _ = tsne(x, generator(3), perplexity=10, steps=400)
+    y = tsne(x, generator(3), perplexity=10, steps=400)
+    again = tsne(x, generator(3), perplexity=10, steps=400)
     assert torch.equal(y, again)
     nearest = torch.cdist(y, y).fill_diagonal_(math.inf).argmin(dim=1)
     assert (nearest // 20 == torch.arange(60) // 20).all()
-    assert 0 < cost < 1
 
 
 def test_equal_points_are_no_error_and_an_impossible_perplexity_is():
-    y, _ = tsne(torch.ones(20, 3), generator(), perplexity=5, steps=50)
+    y = tsne(torch.ones(20, 3), generator(), perplexity=5, steps=50)
     assert torch.isfinite(y).all()
     for perplexity in (1.0, 20.0):
         with pytest.raises(ValueError, match="between 1 and N = 20"):

@@ -119,25 +119,9 @@ def test_auroc_depends_on_the_order_of_scores_only(case, seed):
     assert measures.auroc(-scores.astype(float), labels) == pytest.approx(1 - value, abs=U64)
 
 
-@pytest.mark.parametrize(
-    ("scores", "value"), [([0, 1, 2, 3], 1), ([3, 2, 1, 0], 0), ([1] * 4, 0.5)]
-)
-def test_auroc_of_perfect_reversed_and_tied_scores(scores, value):
-    assert measures.auroc(scores, [0, 0, 1, 1]) == value
-
-
 def test_auroc_of_many_pixels_does_not_overflow():
     labels = np.arange(2**22) % 2
     assert measures.auroc(labels.astype(np.float32), labels) == 1.0
-
-
-@given(scored())
-def test_negatives_counted_in_blocks_are_the_negatives_counted_at_once(case):
-    scores, labels = case
-    positive, negative = np.sort(scores[labels == 1]), scores[labels == 0]
-    whole = measures._negatives_above(positive, [negative])
-    parts = measures._negatives_above(positive, np.array_split(negative, 3))
-    assert all((a == b).all() for a, b in zip(whole, parts, strict=True))
 
 
 @given(scored())

@@ -115,30 +115,11 @@ def test_pictures_are_of_a_run_that_holds_no_image_out_as_tables_are(drawn):
     assert (wanted.call_args[0][0].image_size, wanted.call_args[0][0].healthy_share) == (64, 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--figure", "1", "--alpha", "3"], "leave out --alpha"),
-        (["--figure", "1", "7"], "--run goes with --figure 1 to 5"),
-        (["--table", "9"], "--run goes with --figure 1 to 5"),
-        (["--figure", "1", "--show"], "--show prints tables"),
-    ],
-)
-def test_what_does_not_go_together_is_one_line(arguments, named, drawn, tmp_path, capsys):
-    command = [*arguments, "--run", str(drawn[1]), "--out", str(tmp_path / "out")]
-    assert experiments.main(command) == 2
-    error = capsys.readouterr().err
-    assert named in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 def damaged(run: Path, root: Path, change: str) -> Path:
     """A copy of the run that lacks something."""
     folder = Path(shutil.copytree(run, root / "copy", ignore=shutil.ignore_patterns("cache")))
     config = json.loads((folder / "config.json").read_text())
-    if change == "no config":
-        (folder / "config.json").unlink()
-    elif change == "no encoder":
+    if change == "no encoder":
         (folder / "detector_f_beta.pt").unlink()
     elif change == "another run's encoder":
         (folder / "config.json").write_text(json.dumps(config | {"encoder": "runs/other"}))
@@ -155,7 +136,6 @@ def damaged(run: Path, root: Path, change: str) -> Path:
 @pytest.mark.parametrize(
     ("figure", "change", "named"),
     [
-        ("1", "no config", "no run here"),
         ("1", "no encoder", "no detector_f_beta.pt or checkpoint.pt"),
         ("1", "another run's encoder", "name runs/other"),
         ("4", "no IGD", "no file of the detector igd"),

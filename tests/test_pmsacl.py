@@ -215,17 +215,6 @@ def test_terms_names_the_terms_and_the_warm_up_leaves_out_those_that_need_centre
     assert names(torch.zeros(0)) == ["aug"]
 
 
-def test_local_terms_train_on_patches():
-    encoder = Encoder(classes=2, generator=generator(0)).train()
-    x = torch.rand(2, 3, 64, 64, generator=generator(1))
-    seen = []
-    encoder.backbone.conv1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    config = Config(classes=2)
-    terms = pmsacl.loss_terms(encoder, x, torch.zeros(2, 128), config, generator(2), local=True)
-    assert list(terms) == ["ctr", "pmsacl", "aug", "pos"]
-    assert seen == [(8, 3, 32, 32), (4, 3, 32, 32)]
-
-
 # --- a step and an epoch -----------------------------------------------------------------------
 
 
@@ -286,13 +275,6 @@ def test_an_epoch_takes_every_image_once_and_each_epoch_has_its_order():
     assert len(epochs) == 3 and epochs[0] != epochs[1] != epochs[2]
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch) and set(epoch) <= set(training.trained.tolist())
-
-
-def test_the_learning_rate_falls_from_its_start_to_its_end():
-    rates = [pmsacl.cosine(0.01, 1e-5, k / 10) for k in range(11)]
-    assert rates[0] == 0.01 and rates[-1] == pytest.approx(1e-5)
-    assert rates == sorted(rates, reverse=True)
-    assert rates[5] == pytest.approx((0.01 + 1e-5) / 2)
 
 
 def test_a_state_goes_on_as_if_it_had_not_been_stopped_and_refuses_other_images():

@@ -317,11 +317,6 @@ def folder_with(tmp_path: Path, phantoms: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_empty_folder(tmp_path):
-    (tmp_path / "data").mkdir()
-    fails(tmp_path, str(tmp_path / "data"))
-
-
 def test_all_unreadable_files_are_named_and_can_be_skipped(tmp_path, phantoms):
     root = folder_with(tmp_path, phantoms)
     (root / "train/good/text.png").write_text("not an image")
@@ -372,19 +367,6 @@ def test_too_few_training_images(tmp_path, phantoms):
     for path in sorted((root / "train/good").iterdir())[1:]:
         path.unlink()
     fails(tmp_path, "1 healthy images are too few")
-
-
-def test_unknown_option_value_unwritable_output_and_missing_data(tmp_path, phantoms):
-    folder_with(tmp_path, phantoms)
-    fails(tmp_path, "--weak", arguments=("--weak", "strong"))
-    fails(tmp_path, "--epochs", arguments=("--epochs", "many"))
-    fails(tmp_path, "--nonsense", arguments=("--nonsense", "1"))
-    fails(tmp_path, "nowhere.pt", arguments=("--init", "nowhere.pt"))
-    (tmp_path / "file").write_text("")
-    out = ["--out", str(tmp_path / "file" / "run")]
-    for arguments in (["--data", str(phantoms), *out, *TINY], out):  # and the built-in phantoms
-        status, error = command(*arguments)
-        assert status == 2 and f"--out {tmp_path / 'file'}" in error
 
 
 def test_the_command_of_a_shell_ends_with_one_line_and_its_exit_status(tmp_path):

@@ -238,12 +238,3 @@ def test_near_duplicates_correlate_above_the_limit_after_the_mean_training_image
     assert min(r) < 0.9 and sum(0.97 < v < 0.995 for v in r) > 1 and max(correlated(marked)) < 0.9
     assert worth.near_duplicates(train, test) == [(i, i) for i in range(12) if r[i] > 0.995]
     assert worth.near_duplicates(train, marked) == []
-
-
-def test_the_interval_is_of_the_images_that_are_measured():
-    g = np.random.default_rng(2)
-    labels, scores, test = np.arange(40) % 2 == 1, g.normal(size=40), np.arange(40) % 4 > 1
-    rows = {"padim": {"image_auroc": 0.5}}
-    worth.add_worth(rows, {"padim": scores}, labels, test, ["x"] * 40, 5)
-    [draws] = worth.bootstrapped_aurocs([scores[test]], labels[test], 5)
-    assert rows["padim"]["image_auroc_interval"] == worth.interval(draws)
