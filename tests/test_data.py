@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from support import data, layouts
+from support import data, healthy, layouts
+from support.cache import digest
 
 S = 32
 
@@ -210,9 +211,10 @@ def test_a_mask_of_another_size(tmp_path):
         data.decode_masks(layouts.discover(tmp_path).test, S, tmp_path / "cache")
 
 
-def test_a_mask_follows_its_image_when_exif_turns_it(tmp_path):
+@pytest.mark.parametrize("turned", [5, 6, 7, 8])
+def test_a_mask_follows_its_image_when_exif_turns_it(turned, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = turned
     image = picture(tmp_path / "a.jpg", size=(60, 40), exif=exif)
     data.read_mask(lesion(tmp_path / "m.png", size=(40, 60)), S, image=image)
     with pytest.raises(ValueError, match="60 x 40 pixels for an image of 40 x 60"):
@@ -348,3 +350,56 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         data.decode([picture(tmp_path / "a.png")], S, tmp_path / "file/cache")
+
+
+def test_skip_bad_keeps_each_image_with_its_label_and_its_mask(tmp_path):
+    mvtec(tmp_path)
+    (tmp_path / "test/good/1.png").write_text("text")
+    found = layouts.discover(tmp_path)
+    dataset, images, masks, _ = data.decode_test(found, S, tmp_path / "cache", skip_bad=True)
+    assert dataset.test == (found.test[0], *found.test[2:])
+    for sample, image, mask in zip(dataset.test, images, masks, strict=True):
+        assert (image == data.read_image(sample.path, S)).all() and mask.any() == sample.label
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_held_out_images_are_apart_from_those_that_train(bad, tmp_path):
+    paths = [picture(tmp_path / f"{i:02d}.png", i) for i in range(20)]
+    fit, others = healthy.split(paths, 0.5)
+    if bad:
+        fit[1].write_text("text")
+    trained, images, held = data.decode_train(paths, 0.5, S, tmp_path / "cache", skip_bad=bad)
+    assert trained == tuple(p for p in fit if not (bad and p == fit[1]))
+    for files, decoded in ((trained, images), (others, held)):
+        assert len(files) == len(decoded)
+        assert all((data.read_image(f, S) == x).all() for f, x in zip(files, decoded, strict=True))
+
+
+def test_a_mask_may_be_of_one_colour(tmp_path):
+    green = np.zeros((40, 40, 3), np.uint8)
+    green[8:32, 8:32] = (0, 200, 0)
+    Image.fromarray(green).save(tmp_path / "m.png")
+    assert (data.read_mask(tmp_path / "m.png", 40) == (green[..., 1] > 0)).all()
+
+
+def test_nan_is_shown_black(tmp_path):
+    Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(tmp_path / "a.tif")
+    assert not data.read_image(tmp_path / "a.tif", S, (-100.0, 300.0)).any()
+
+
+@pytest.mark.parametrize("changed", ["time", "size"])
+def test_a_file_that_has_changed_is_decoded_again(changed, tmp_path):
+    file = tmp_path / "a.bmp"
+    for k, value in enumerate((10, 90)):
+        side = 40 + 10 * k * (changed == "size")
+        Image.new("RGB", (side, side), (value, value, value)).save(file)
+        os.utime(file, ns=(0, 1 + k * (changed == "time")))
+        assert data.decode([file], S, tmp_path / "cache")[0][0, 0, 0, 0] == value
+
+
+def test_other_images_under_the_same_names_have_another_digest(tmp_path):
+    digests = set()
+    for content in (b"one", b"other"):
+        (tmp_path / "a.png").write_bytes(content)
+        digests.add(digest([tmp_path / "a.png"], tmp_path))
+    assert len(digests) == 2

@@ -21,7 +21,7 @@ import measures
 from detectors import PaDiM
 from encoder import ResNet18
 from igd import IGD
-from support import healthy, layouts, scoring
+from support import data, figures, healthy, layouts, scoring
 from support.worth import bootstrapped_aurocs, interval
 
 U64 = 2.0**-53  # one rounding in float64
@@ -431,3 +431,72 @@ def test_a_run_is_evaluated_with_its_own_seed(run):
     labels = [int(row["label"]) for row in rows]
     one, other = (evaluation.validation_split(labels, seed) for seed in (1, 0))
     assert [row["split"] == "validation" for row in rows] == one.tolist() != other.tolist()
+
+
+# --- a run is measured again as it was -----------------------------------------------------------
+
+HOW = {"paper_protocol": False, "skip_bad": False, "batch": 4, "device": "cpu"}
+
+
+def changed(run, **values):
+    config = json.loads((run / "config.json").read_text()) | values
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_is_measured_with_its_own_range_of_values(run, tmp_path, monkeypatch):
+    for k, file in enumerate(sorted((tmp_path / "set/test").rglob("*.png"))):
+        Image.fromarray(np.full((32, 32), 100 * (k + 1), np.uint16)).save(file)
+    changed(run, values_shown=[0, 65535])
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **_: seen.append(np.array(a[3])))
+    evaluation.evaluate_run(run, None, **HOW)
+    want = [round(255 * 100 * (k + 1) / 65535) for k in range(12)]
+    assert seen[0][:, 0, 0, 0].tolist() == want
+
+
+def test_a_run_is_measured_on_the_images_that_its_seed_draws(run, monkeypatch):
+    seeds, discover = [], layouts.discover
+
+    def noted(root, *, seed, training):
+        seeds.append(seed)
+        return discover(root, seed=seed, training=training)
+
+    monkeypatch.setattr(layouts, "discover", noted)
+    evaluation.evaluate_run(run, None, **HOW)
+    assert seeds == [1]
+
+
+def test_the_report_counts_the_images_that_trained(run, tmp_path):
+    for k in range(2, 24):
+        shutil.copy(tmp_path / "set/train/good/0.png", tmp_path / f"set/train/good/{k}.png")
+    changed(run, healthy_share=0.5)
+    assert evaluation.main([str(run)]) == 0
+    assert "12 healthy images" in (run / "report.html").read_text()
+
+
+def test_groups_that_share_images_are_told(monkeypatch):
+    for name, size in (("VALIDATION", 4), ("GROUPS", 5), ("GROUP_SIZE", 4)):
+        monkeypatch.setattr(evaluation, name, size)
+    notes = {n: evaluation.protocol(*cases(abnormal=n), seed=0)["notes"] for n in (23, 24)}
+    shared = {n: any("share some" in note for note in of) for n, of in notes.items()}
+    assert shared == {23: True, 24: False}  # 4 of them set the thresholds
+
+
+@pytest.mark.parametrize("paper_protocol", [False, True])
+def test_figures_show_measured_images_with_a_known_mask(paper_protocol, tmp_path, monkeypatch):
+    dataset = layouts.discover(make_set(tmp_path / "set"))
+    images, masks, known = data.decode_test(dataset, 32, tmp_path / "cache")[1:]
+    known, seen = known.copy(), []
+    known[7] = known[9] = False
+
+    def chosen(scores, labels, usable):
+        seen.append(usable.copy())
+        return [0]
+
+    monkeypatch.setattr(figures, "choose_cases", chosen)
+    evaluation.evaluate(
+        tmp_path, dataset, {"padim": Padim()}, images, masks, known,
+        seed=3, paper_protocol=paper_protocol,
+    )  # fmt: skip
+    validation = evaluation.validation_split(dataset.labels, 3)
+    assert validation[known].any() and (seen[0] == (~validation & known)).all()

@@ -12,7 +12,7 @@ from conftest import generator, images
 from PIL import Image
 
 from encoder import Encoder
-from support import layouts
+from support import features, layouts
 from support.charts import spread_out
 from support.features import POINTS, draw_features, scatter
 from support.options import make_config
@@ -116,3 +116,20 @@ def test_every_group_has_its_own_mark():
     pixels = np.asarray(image).reshape(-1, 3).astype(int)
     for colour in ((11, 79, 158), (230, 159, 0), (0, 158, 115), (192, 0, 0), (0, 0, 0)):
         assert (abs(pixels - colour).max(1) < 40).sum() >= 20, colour  # edges are smooth
+
+
+def test_normal_and_abnormal_test_images_have_their_own_rings(tmp_path, monkeypatch):
+    train = (images(6, 32) * 255).byte().numpy()
+    samples = tuple(layouts.Sample(Path(f"{i}.png"), int(i < 2), "a") for i in range(6))
+    dataset = layouts.Dataset("MVTec", Path("/data/colon"), (), samples)
+    seen: dict[str, np.ndarray] = {}
+
+    def drawn(groups, title):
+        seen.update(groups)
+        return Image.new("RGB", (9, 9))
+
+    monkeypatch.setattr(features, "scatter", drawn)
+    config = make_config({"data": "x", "image_size": 32, "classes": 3})
+    draw_features(Encoder(classes=3), train, train, dataset, config, tmp_path)
+    counts = {name: len(points) for name, points in seen.items() if "test" in name}
+    assert counts == {"test, normal": 4, "test, abnormal": 2}

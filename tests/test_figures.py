@@ -144,3 +144,55 @@ def test_marks_of_a_chart_stand_at_their_values():
     assert abs(middle(pixels, figures.COMPARED[0], 1) - low) <= 1
     bar = (pixels == rgb(figures.BLUE)).all(-1)[70 + figures.LINE + 2 * figures.ROW :].any(0)
     assert abs(np.flatnonzero(bar).size - (high - low) / 2) <= 3
+
+
+# --- what a picture shows is of its image --------------------------------------------------------
+
+
+def corners() -> np.ndarray:
+    """Four maps of 32 px, each 1 in one quarter, row by row from above left."""
+    maps = np.zeros((4, 32, 32), np.float32)
+    for k in range(4):
+        maps[k, k // 2 * 16 :, k % 2 * 16 :][:16, :16] = 1
+    return maps
+
+
+def quarter(image: Image.Image) -> int:
+    """The brightest of an image's four quarters."""
+    grey = np.asarray(image.convert("L")).astype(float)
+    h, w = (n // 2 * 2 for n in grey.shape)
+    return int(grey[:h, :w].reshape(2, h // 2, 2, w // 2).mean(axis=(1, 3)).argmax())
+
+
+def test_every_picture_of_a_column_is_of_its_image(monkeypatch):
+    maps, samples = corners(), [layouts.Sample(Path("x"), k, "") for k in (0, 0, 0, 1)]
+    row = {"threshold": 0.5, "map_scale": (0.0, 1.0), "pixel_threshold": 0.5}
+    monkeypatch.setattr(figures, "image_grid", lambda cells, **more: (cells, more))
+    black, scores = np.zeros((4, 3, 32, 32), np.uint8), np.array([0.0, 1.0, 2.0, 0.2])
+    cells, more = figures.localisation_figure(
+        black, maps, maps[::-1] > 0, samples, scores, row, [3, 1]
+    )
+    for what, wanted in (("heat map", [3, 1]), ("prediction", [3, 1]), ("ground truth", [0, 2])):
+        assert [quarter(cell) for cell in cells[more["rows"].index(what)]] == wanted, what
+    assert [c.splitlines()[1] for c in more["columns"]] == ["0.2, missed", "1, false alarm"]
+
+
+def test_the_scale_of_heat_maps_ends_at_the_abnormal_images():
+    maps, labels = np.random.default_rng(0).random((6, 32, 32)), np.arange(6) % 2
+    maps[1::2] += 3
+    want = np.median(maps[::2]), np.percentile(maps[1::2], 99.5)
+    assert figures.map_scale(maps, labels) == want
+
+
+def test_a_picture_keeps_its_rows_and_columns():
+    image = np.zeros((3, 32, 32), np.uint8)
+    image[:, :16, 16:] = 255
+    assert quarter(figures.picture(image, 64)) == 1
+    assert quarter(figures.picture(image.transpose(1, 2, 0), 64)) == 1
+
+
+def test_a_reconstruction_stands_below_its_image(monkeypatch):
+    monkeypatch.setattr(figures, "image_grid", lambda cells, **_: cells)
+    x, x_tilde = np.full((2, 3, 32, 32), 0.2), np.full((2, 3, 32, 32), 0.8)
+    cells = figures.reconstruction_figure(x, x_tilde, (), "dae")
+    assert [int(row[0].flat[0]) for row in cells] == [51, 204, 255]

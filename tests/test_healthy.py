@@ -139,3 +139,8 @@ def test_the_threshold_lies_between_two_scores():
     images = np.zeros((30, 3, 8, 8), np.uint8)
     images[:, 0, 0, 0] = np.arange(30)
     assert healthy.measure(Ramp(), images, "ramp").threshold == pytest.approx(0.95 * 29)
+
+
+def test_what_the_healthy_threshold_gives_is_named_rightly():
+    row = {"images": 4, "threshold": 0.5, "sensitivity": 0.25, "specificity": 0.75}
+    assert healthy.described("padim", row).endswith("sensitivity 0.250 and specificity 0.750.")

@@ -106,6 +106,7 @@ def test_medianomaly(tmp_path):
     for name in "abcd":
         picture(tmp_path / f"images/{name}.png")
     lesion(tmp_path / "masks/d.png")
+    lesion(tmp_path / "masks/b.png", value=0)  # of a normal image: no mask
     lists = {"train": {"0": ["a.png"]}, "test": {"0": ["b.png"], "1": ["c.png", "d.png"]}}
     (tmp_path / "data.json").write_text(json.dumps(lists))
     dataset = layouts.discover(tmp_path)
@@ -115,6 +116,13 @@ def test_medianomaly(tmp_path):
         ("abnormal", 1, False),
         ("abnormal", 1, True),
     ]
+
+
+def test_a_mask_may_be_marked_in_capitals(tmp_path):
+    mvtec(tmp_path)
+    masks = tmp_path / "ground_truth/polyp"
+    (masks / "0_mask.png").rename(masks / "0_MASK.png")
+    assert [s.mask and s.mask.stem[0] for s in layouts.discover(tmp_path).test[3:]] == list("012")
 
 
 def kvasir(root: Path, normal: int = 2166, polyps: int = 1000) -> Path:
@@ -135,7 +143,7 @@ def kvasir(root: Path, normal: int = 2166, polyps: int = 1000) -> Path:
 
 
 def test_hyperkvasir_as_shipped_draws_the_papers_sizes(tmp_path):
-    kvasir(tmp_path)
+    kvasir(tmp_path, polyps=1003)
     dataset = layouts.discover(tmp_path, seed=3)
     train, test = set(dataset.train), {s.path for s in dataset.test}
     assert dataset.layout == "HyperKvasir" and not train & test
@@ -143,7 +151,8 @@ def test_hyperkvasir_as_shipped_draws_the_papers_sizes(tmp_path):
     lesions = [s for s in dataset.test if s.label]
     assert len(lesions) == 1000 and all(s.mask and s.mask.stem == s.path.stem for s in lesions)
     assert layouts.discover(tmp_path, seed=3) == dataset
-    assert layouts.discover(tmp_path, seed=4).train != dataset.train
+    other = layouts.discover(tmp_path, seed=4)
+    assert other.train != dataset.train and [s for s in other.test if s.label] != lesions
 
 
 def test_hyperkvasir_that_is_incomplete(tmp_path):

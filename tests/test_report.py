@@ -15,12 +15,13 @@ import pytest
 import torch
 from conftest import mvtec
 from PIL import Image
+from test_figures import corners
 
 import eval as evaluation
 from detectors import PaDiM
 from encoder import ResNet18
 from measures import auroc, confusion
-from support import cards, charts, data, healthy, layouts, options, report
+from support import cards, charts, data, figures, healthy, layouts, options, report
 from support.new_images import NewImages, write_score_report
 from support.page import SCORES, recounted
 from support.score_files import Judge
@@ -509,3 +510,48 @@ def test_images_are_sorted_and_filtered_in_a_browser(two, tmp_path):
         assert card["verdict"] == ("found" if float(card["score"]) >= 3.5 else "missed")
     assert f"threshold of {results['padim']['threshold']:.9g}:" in back["says"]
     assert printed == [True]  # all settings are on paper
+
+
+# --- charts and cards: what stands where ---------------------------------------------------------
+
+
+def test_the_operating_point_lies_at_its_rates():
+    curve = np.array([0, 0.2, 1]), np.array([0, 0.9, 1])
+    svg = charts.roc_chart({"a": curve}, (0.2, 0.9), "t")
+    plot = charts.Plot("", "", (0.0, 1.0), (0.0, 1.0), ("", ""))
+    assert f'cx="{plot.column(0.2):.1f}" cy="{plot.row(0.9):.1f}"' in svg
+
+
+def test_bars_are_shares_of_their_class_and_a_far_threshold_stands_at_the_edge():
+    g = np.random.default_rng(0)
+    groups = {"normal": g.normal(size=300), "abnormal": g.normal(size=20)}
+    svg = charts.histogram(groups, 99.0, "t")
+    assert f'x1="{charts.WIDTH - charts.RIGHT:.1f}"' in svg
+    heights = []
+    for points in re.findall(r'<polygon points="([^"]+)"', svg):
+        y = [float(p.split(",")[1]) for p in points.split()][1:-1:2]
+        heights.append(sum(charts.HEIGHT - charts.BOTTOM - v for v in y))
+    assert heights[0] == pytest.approx(heights[1], rel=0.02)
+
+
+def test_a_card_outlines_prediction_and_truth_and_says_where_it_is_brightest(monkeypatch):
+    maps, images = corners(), np.zeros((4, 3, 32, 32), np.uint8)
+    masks = maps[::-1] > 0
+    samples = [layouts.Sample(Path(f"{k}.png"), k % 2, "kind") for k in range(4)]
+    row = {"threshold": 0.5, "map_scale": (0.0, 1.0), "pixel_threshold": 0.5}
+    outlined = []
+
+    def outline(image, mask, colour, side):
+        outlined.append((colour, mask))
+        return Image.new("RGB", (side, side))
+
+    monkeypatch.setattr(figures, "outlined", outline)
+    shown = cards.gallery(images, maps, masks, samples, np.arange(4.0), row, np.zeros(4, bool))
+    words = {}
+    for card in shown.cards:
+        k = int(card.name.split(".")[0])
+        words[k] = next(text for text in card.pictures if "brightest" in text)
+        for colour, mask in ((figures.YELLOW, maps[k] > 0), (figures.CYAN, masks[k])):
+            drawn, region = outlined.pop(0)
+            assert drawn == colour and (region == mask).all()
+    assert "52% from the left, 2% down" in words[1] and "2% from the left, 52% down" in words[2]

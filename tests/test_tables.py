@@ -13,7 +13,7 @@ import pytest
 from support import tables
 from support.cache import digest
 from support.layouts import Dataset, Sample
-from support.run import write_file
+from support.run import read_rows, write_file
 
 
 def test_the_papers_tables_have_all_their_rows():
@@ -148,3 +148,39 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_file(tmp_path / "results.json", b"new")
     assert (tmp_path / "results.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_results_md_has_each_number_in_its_place():
+    counts = {
+        "validation_normal": 1,
+        "validation_abnormal": 2,
+        "test_normal": 3,
+        "test_abnormal": 4,
+    }
+    over = {"difference": 0.1, "interval": [-0.05, 0.2]}
+    text = tables.results_table(
+        {"padim": ROW | {"images": counts, "iou_sd": 0.03, "over_untrained": over}}
+    )
+    for part in (
+        "from 1 normal and 2 abnormal test images",
+        "measured on 3 normal and 4 abnormal",
+        "| padim | 0.400 ± 0.030 | 0.500 | 0.600 |",
+        "+0.100 (-0.050 to +0.200)",
+    ):
+        assert part in text
+
+
+def test_scores_keep_columns_of_the_same_images_and_kinds_with_commas(tmp_path):
+    samples = [Sample(Path(f"{i}.png"), i, "a, b") for i in range(2)]
+    rows = {name: {"image_auroc": 1, "threshold": 0.5} for name in ("padim", "igd")}
+    split, old, new = (
+        np.zeros(2, bool),
+        {"igd": np.array([0.2, 0.8])},
+        {"padim": np.array([0.1, 0.9])},
+    )
+    for scores in (old, new):
+        tables.write_scores(tmp_path, samples, scores, rows, split, {})
+    last = read_rows(tmp_path / "scores.csv")[1]
+    assert (last["kind"], last["igd_score"], last["padim_score"]) == ("a, b", "0.8", "0.9")
+    tables.write_scores(tmp_path, samples[::-1], new, rows, split, {})
+    assert "igd_score" not in read_rows(tmp_path / "scores.csv")[0]

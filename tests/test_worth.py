@@ -129,6 +129,17 @@ def test_near_duplicates_are_copies_brighter_noisier_or_resized_and_nothing_else
     assert worth.near_duplicates(train, test) == [(3, 7), (11, 0)]
 
 
+def test_one_test_image_is_compared_with_the_mean_of_the_training_images():
+    train = np.random.default_rng(3).integers(0, 256, (20, 3, 16, 16)).astype(np.uint8)
+    assert worth.near_duplicates(train, train[4:5]) == [(0, 4)]
+
+
+def test_thumbnails_are_means_of_blocks():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    blocks = images.reshape(2, 3, 16, 2, 16, 2).mean(axis=(3, 5)) / 255
+    assert worth.thumbnails(images).numpy() == pytest.approx(blocks.reshape(2, -1), abs=1e-6)
+
+
 # --- fake lesions and f_beta ---------------------------------------------------------------------
 
 
