@@ -153,7 +153,7 @@ def gaussian(batches: Iterable[Tensor], kappa: float, group: Group = None) -> tu
 def critic(size: int, width: int, generator: Generator) -> nn.Sequential:
     """d: (B, 3, S, S) -> (B,), the share of a second image mixed in.   [I:critic]
 
-    The last layer is linear, as in ACAI. A sigmoid, as IGD's code has it for patches, stays at 0.
+    The last layer is linear, as in ACAI. The sigmoid of IGD's critic of patches saturates at 0.
     """
     side, channels = widths(size, width)
     network = nn.Sequential(

@@ -327,7 +327,8 @@ def evaluate_run(
     notes = checks.of_other(folder, dataset) if root != own else list(old.get("data_notes", ()))
     place = folder if root == own else folder_of_other(folder, root)
     to = place / "eval-paper-protocol" if another else place
-    old = old if to == folder else {"init": old.get("init", "unknown"), **read_results(to)}
+    of_run = {name: old[name] for name in ("init", "config") if name in old}
+    old = old if to == folder else of_run | read_results(to)
     train = tuple(healthy.split(dataset.train, float(config.get("healthy_share", 0)))[0])
     dataset, images, masks, known = data.decode_test(
         dataclasses.replace(dataset, train=train), size, place / "cache",

@@ -128,7 +128,8 @@ class IGD:
         wrong = [name for name in shares if not 0 <= settings[name] <= 1]
         wrong += [name for name in positive if not 0 < settings[name] < math.inf]
         wrong += [name for name in ("batch_size", "patches") if settings[name] < 2]
-        wrong += [name for name in ("sigma2_least", "encoder_lr") if not settings[name] >= 0]
+        zero = ("sigma2_least", "encoder_lr")  # may be 0
+        wrong += [name for name in zero if not 0 <= settings[name] < math.inf]
         wrong += ["heat_map"] * (self.heat_map not in ("patch", "residual"))
         if wrong:
             got = ", ".join(f"{name}={settings[name]!r}" for name in wrong)

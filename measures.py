@@ -130,8 +130,7 @@ def components(masks: Values) -> tuple[Array, int]:
     """The 8-connected regions of each mask: runs of pixels, joined by union-find.   [P!§4.3 R10]
 
     masks:   (N, H, W) bool.
-    returns: (P,) the region 0..K-1 of every true pixel in the order of masks.nonzero(), and K;
-             regions are numbered over the whole stack in the order of their first pixel.
+    returns: (P,) the region 0..K-1 of each true pixel, in the order of masks.nonzero(), and K.
     """
     n, h, w = (masks := _array(masks)).shape
     padded = np.zeros((n * h, w + 2), np.int8)
@@ -223,7 +222,9 @@ def dice_threshold(
     returns: the threshold (the highest of several) and the mean Dice there.
     """
     maps, masks, index = _array(maps), _array(masks), np.arange(len(maps))[_array(index)]
-    size = maps[:1].size
+    if not len(index):
+        raise ValueError("no images to set a threshold from")
+    size = maps[0].size
     step = (len(index) * size >> 22) | 1  # 4 M scores suffice to rank by; odd, to meet all columns
     pooled = np.unique(np.concatenate([np.ravel(maps[i])[i % step :: step] for i in index]))
     ranks = np.linspace(0, len(pooled) - 1, min(levels, len(pooled))).round().astype(int)
@@ -236,5 +237,4 @@ def dice_threshold(
         hits = len(inside) - np.searchsorted(inside, t, "left")
         predicted = size - np.searchsorted(ranked, t, "left")
         total += 2 * hits / np.maximum(predicted + len(inside), 1)
-    best = int(total.argmax())
-    return float(t[best]), float(total[best] / len(index))
+    return float(t[total.argmax()]), float(total.max() / len(index))

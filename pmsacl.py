@@ -66,7 +66,7 @@ def class_views(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x^(n,l) = a(x^(n)), a ~ A_0, x^(n) = a'(x), a' ~ A_n: two weak views of each class.
 
-    One batch of them feeds all the terms of eq. 1.   [P!(4) R1 R4]
+    One batch of them feeds all the terms of eq. 1. Rotation turns the views last.   [P!(4) R1 R4]
 
     x:       (B, 3, S, S) in [0, 1].
     returns: views (N, 3, S, S), class ids n (N,), pair ids (N,); N = 2 A B.
@@ -80,7 +80,7 @@ def class_views(
             x_n, generator, preset=config.weak, min_area=config.crop_area or None,
             strength=config.jitter, out=views[view::2],
         )  # fmt: skip
-    if turned:  # last: a quarter turn, then mirrored, is the opposite turn  [P!§4.7.2 R32]
+    if turned:  # flipped after a quarter turn, left would pass for right  [P!§4.7.2 R32]
         views = augment(views, n.repeat_interleave(2), generator)[0]
     n = torch.arange(config.classes, device=x.device).repeat_interleave(2 * len(x))  # (N,)
     return views, n, torch.arange(len(n), device=x.device) ^ 1

@@ -53,8 +53,9 @@ def weak(
         raise ValueError(f"preset must be one of {', '.join(WEAK)}, got {preset!r}")
     area, strengths, jitter_p, grey_p, blur_p = WEAK[preset]
     if not (0 < (area := area if min_area is None else min_area) <= 1 and strength >= 0):
-        raise ValueError(f"0 < min_area <= 1 and strength >= 0, got {area} and {strength}")
-    out = x.new_empty(x.shape) if out is None else out.view(x.shape)  # of that shape
+        raise ValueError(f"needs 0 < min_area <= 1 and strength >= 0, got {area} and {strength}")
+    if (out := x.new_empty(x.shape) if out is None else out).shape != x.shape:
+        raise ValueError(f"out must be {tuple(x.shape)}, got {tuple(out.shape)}")
     chunk = max(16, (CHUNK if x.device.type == "cpu" else GPU_CHUNK) // side**2)
     for images, views in zip(x.split(chunk), out.split(chunk), strict=True):
         b = len(images)

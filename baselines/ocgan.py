@@ -1,7 +1,8 @@
 """OCGAN: a denoising auto-encoder whose whole latent space shows healthy images.   [P:Tab.1]
 
 Perera et al., "OCGAN: One-class Novelty Detection Using GANs with Constrained Latent
-Representations", CVPR 2019: `[O:...]`. Sizes: B images, S pixels a side, Z latent features.
+Representations", CVPR 2019: `[O:...]`, `[O:code]` its authors' code.
+Sizes: B images, S pixels a side, Z latent features.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class PANDA(Detector):
     pretrained: ClassVar[bool] = True
     zero: ClassVar[set[str]] = {"seed", "ewc"}
     quick: ClassVar[dict[str, Any]] = {"epochs": 2, "batch_size": 16}
-    epochs: int = 50  # with EWC; 15 without                                        [N:code]
+    epochs: int = 50  # its code's with EWC                                          [N:code]
     lr: float = 1e-2  # of SGD with momentum 0.9, weight decay 5e-5                 [N:code]
     ewc: float = 1e4  #                                                             [N:code]
     clip: float = 1e-3  # the most that the gradient's norm may be                  [N:code]

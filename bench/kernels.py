@@ -5,7 +5,7 @@
 
 First every path is checked against the float64 definition, and nothing is timed if one is off.
 Then the clock warms up, matrix products and a copy are timed for the floors, and each row goes to
-the screen and to docs/kernels.csv; on a GPU they replace the table in docs/speed.md. The paths:
+the screen and to bench.csv; on a GPU to docs/kernels.csv and the table in docs/speed.md. The paths:
 
     triton, torch   ours, by its two backends (on a CPU there is no Triton path)
     eager           the definition with every (N, N) matrix in memory, in the dtype of the row
@@ -348,7 +348,8 @@ def measured() -> Iterator[list]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=SPEED.with_name("kernels.csv"), help="CSV")
+    default = SPEED.with_name("kernels.csv") if GPU else Path("bench.csv")
+    parser.add_argument("--out", type=Path, default=default, help="CSV")
     add_commit(parser)
     args = parser.parse_args()
     if not args.out.parent.is_dir() or args.out.is_dir():

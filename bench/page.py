@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from support.versions import versions
 
 SPEED = Path(__file__).parent.parent / "docs" / "speed.md"
@@ -16,8 +18,9 @@ def add_commit(parser: argparse.ArgumentParser) -> None:
 
 
 def provenance(commit: str) -> dict[str, str]:
-    """Processor, versions and commit, the same in every row."""
-    about = versions() | ({"commit": commit} if commit else {})
+    """Processor and its threads now, versions and commit."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = versions(device) | ({"commit": commit} if commit else {})
     return {
         "processor": f"{about['processor']}, {about['threads']} threads",
         "torch": about["torch"],

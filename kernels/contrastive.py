@@ -171,7 +171,7 @@ def _finish_backward(
 
 # ---------------------------------------------------------------------------- autograd
 
-# (BM, BN, warps, stages) for Z up to 128, 256, 512, all within 99 kB; no timing orders a sum
+# (BM, BN, warps, stages) for Z up to 128, 256, 512, all within 99 kB; fixed, as are the sums
 CONFIGS = {
     ("_forward", "half"): [(128, 64, 8, 3), (64, 32, 8, 1), (32, 32, 8, 1)],
     ("_forward", "tf32"): [(64, 64, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)],

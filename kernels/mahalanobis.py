@@ -1,7 +1,7 @@
 """s_bp = sqrt((x_bp - mu_p)^T Sigma_p^-1 (x_bp - mu_p)) = |W_p (x_bp - mu_p)|.   [P:(13)]
 
 Sizes: B images, P positions, D channels. W_p, lower triangular with W_p^T W_p = Sigma_p^-1, is
-the inverse of Sigma_p's Cholesky factor. docs/speed.md: what reading W and the kernel must cost.
+the inverse of Sigma_p's Cholesky factor. docs/speed.md: what W and the kernel cost.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def mahalanobis(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, mean, whitening)):
         raise ValueError("mahalanobis has no gradient: use torch.no_grad() or mahalanobis_ref")
     if rows and (rows[-1].shape[:2] != mean.shape or sum(w.shape[2] for w in rows) != x.shape[2]):
-        raise ValueError("rows must be the block rows of W, as detectors.block_rows makes them")
+        raise ValueError(f"rows must be W's block rows, got {[tuple(w.shape) for w in rows]}")
     if choose_backend(backend, x.device) == "torch":
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return _torch_distance(x, mean, rows or [whitening.mT])

@@ -105,7 +105,9 @@ def prepare(config: Config, folder: Path) -> Images:
     notes += checks.check_masks(dataset.test, masks, known)
     checks.check_threads(saved)
     if saved.get("data") != config.data:  # a new run, or images that have moved
-        content = dataclasses.asdict(config) | versions() | saved | {"data": config.data}
+        content = (
+            dataclasses.asdict(config) | versions(config.device) | saved | {"data": config.data}
+        )
         content |= {"values_shown": window, "images": images}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
     pixels = data.resident(train, torch.device(config.device))
@@ -338,7 +340,7 @@ def near_duplicates_note(images: Images) -> list[str]:
     test, train = pairs[0]
     dataset = images.dataset
     note = (
-        f"{len(pairs)} test images are nearly the same as a training image, such as "
+        f"test images that are nearly the same as a training image ({len(pairs)}), such as "
         f"{dataset.test[test].path} and {dataset.train[train]}: the results may be optimistic"
     )
     notify(f"warning: {note}")

@@ -110,7 +110,7 @@ class Config:
     jitter: float = _option(1.0, "factor of the colour jitter", 0, 10)  # [P!§4.2 R16]
     # pre-training: the optimiser
     encoder: str = _option("", "use the encoders of this other run instead of training")
-    init: str = _option("auto", "weights: auto, imagenet, random (phantoms), FILE")  # [P!§4.2 R14]
+    init: str = _option("auto", "auto (phantoms: random), imagenet, random or FILE")  # [P!§4.2 R14]
     epochs: int = _option(2000, "passes over the images", 1, 10**6)  # [P!§4.2 R15]
     batch_size: int = _option(32, "images, with 2 |A| views of each", 2, 2**16)  # [P:§4.2]
     lr: float = _option(0.01, "learning rate at the start", TINY, RATE)  # [P:§4.2]
@@ -138,7 +138,7 @@ class Config:
     igd_batch_size: int = _option(IGD.batch_size, "images in a step of the global model", 2, 2**16)
     igd_patches: int = _option(IGD.patches, "patches in a step of the local model", 2, 10**6)
     igd_lr: float = _option(IGD.lr, "learning rate of IGD at the start", TINY, RATE)
-    igd_encoder_lr: float = _option(IGD.encoder_lr, "of its encoders; 0 keeps them", 0, RATE)
+    igd_encoder_lr: float = _option(IGD.encoder_lr, "rate of its encoders; 0: frozen", 0, RATE)
     igd_warmup: float = _option(IGD.warmup, "share of --igd-epochs before eq. 12 joins", 0, 1)
     igd_width: int = _option(IGD.width, "channels of IGD's networks at full size", 1, 1024)
     paper_protocol: bool = _option(False, "also measure images that set thresholds")  # [P!§4.3 R8]

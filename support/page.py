@@ -43,7 +43,7 @@ GLOSSARY = {
     "thresholds with at most 30% false alarms among normal pixels.",
     "Untrained, trivial": "baselines: if they do as well, the pre-training has brought nothing.",
     "Spread, accuracy (training)": "the standard deviation of the features (near 0: they have "
-    "collapsed to a constant), and how often f_beta predicts the right number of fake lesions.",
+    "collapsed to a constant), and how often f_beta predicts the right class.",
 }
 
 

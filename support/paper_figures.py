@@ -32,6 +32,7 @@ from support.features import COLOURS, POINTS, scatter
 from support.options import Config
 from support.readers import read_config, read_results
 from support.run import pick_device, read_rows
+from support.tables import PAPERS_NAMES
 from support.training import load
 
 Array = NDArray[Any]
@@ -39,7 +40,6 @@ Array = NDArray[Any]
 PICTURES = {1: "", 2: "", 3: "padim", 4: "igd", 5: "igd"}  # figure -> the paper's detector
 SIDE, TEXT = 220, 20  # pixels of an image and of its letters: both are legible at half that size
 EXAMPLES = 3  # healthy images of Fig. 2
-TITLES = {"padim": "PaDiM", "igd": "IGD", "panda": "PANDA", "cutpaste": "CutPaste"}
 FRAMES = {"judged correctly": figures.GREEN, "judged wrongly": figures.RED}
 PASTED = ("medmix", "cutout", "cutmix")  # what changes a part of the image, and says which
 
@@ -281,7 +281,7 @@ def lesions_figure(run: Run, number: int, name: str) -> Image.Image:
     if name not in detectors:
         raise ValueError(f"{run.folder}: no file of the detector {name} is left here")
     maps = detectors[name].score(d.images[cases])[0].cpu().numpy()
-    title = f"Fig. {number}, localisation by {TITLES[name]}: {run.name}"
+    title = f"Fig. {number}, localisation by {PAPERS_NAMES[name]}: {run.name}"
     figure = figures.localisation_figure(
         d.images[cases], maps, None if d.masks is None else d.masks[cases],
         [test[i] for i in cases], d.scores[cases], d.row, range(len(cases)), title, SIDE, TEXT,
@@ -315,7 +315,7 @@ def detections_figure(run: Run, columns: int = 6) -> Image.Image:
         f"specificity {d.row['specificity']:.3f}, sensitivity {d.row['sensitivity']:.3f}. "
         "Each row: even ranks from the highest to the lowest score of its class."
     )
-    title = f"Fig. 5, detections by {TITLES.get(name, name)}: {run.name}"
+    title = f"Fig. 5, detections by {PAPERS_NAMES.get(name, name)}: {run.name}"
     grid = figures.image_grid(cells, rows=("normal", "abnormal"), title=title, side=SIDE, text=TEXT)
     return with_key(grid, FRAMES, None, words)
 

@@ -51,7 +51,8 @@ PAPERS_SETS = {
     "Covid-X": "covidx",
 }
 _PRETRAINED = {"pmsacl": "PMSACL - ", "ccd": "CCD - ", "none": ""}  # --method -> in a row's name
-_THEIRS = {  # our row -> the paper's; the first two of each pre-training
+_ON_THE_ENCODER = ("padim", "igd", "panda", "cutpaste")  # rows that a pre-training changes
+PAPERS_NAMES = {  # our row -> the paper's, after the pre-training's
     "padim": "PaDiM",
     "igd": "IGD",
     "dae": "DAE",
@@ -212,9 +213,12 @@ def _counterparts(
     if number is None:
         return numbers[0], {}
     config = results.get("config", {})
-    before = None if config.get("encoder") else _PRETRAINED.get(config.get("method", "pmsacl"))
-    names = {row: before + _THEIRS[row] for row in ("padim", "igd")} if before is not None else {}
-    names = {**_THEIRS, "padim": "", "igd": ""} | names
+    method = None if config.get("encoder") else config.get("method")
+    names = {row: name for row, name in PAPERS_NAMES.items() if row not in _ON_THE_ENCODER}
+    if method == "none":
+        names |= {row: PAPERS_NAMES[row] for row in ("panda", "cutpaste")}
+    if method in _PRETRAINED:
+        names |= {row: _PRETRAINED[method] + PAPERS_NAMES[row] for row in ("padim", "igd")}
     printed = PRINTED[f"table {number}"][2]
     with_star = {row: name if name in printed else f"{name}*" for row, name in names.items()}
     return number, {row: name for row, name in with_star.items() if name in printed}

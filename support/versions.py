@@ -13,8 +13,8 @@ import PIL
 import torch
 
 
-def versions() -> dict[str, str]:
-    """Commit, versions, processor and threads."""
+def versions(device: str) -> dict[str, str]:
+    """Commit, versions, the device's processor, and threads."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -31,15 +31,15 @@ def versions() -> dict[str, str]:
         "triton": triton,
         "numpy": np.__version__,
         "pillow": PIL.__version__,
-        "processor": processor(),
+        "processor": processor(device),
         "threads": str(torch.get_num_threads()),
     }
 
 
-def processor() -> str:
-    """The GPU's name; without one, the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def processor(device: str) -> str:
+    """The name of the GPU, or of the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -466,6 +466,15 @@ def test_a_run_is_measured_on_the_images_that_its_seed_draws(run, monkeypatch):
     assert seeds == [1]
 
 
+def test_another_protocols_results_name_the_runs_pre_training(run):
+    assert evaluation.main([str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"config": {"method": "ccd"}}))
+    assert evaluation.main([str(run), "--paper-protocol"]) == 0
+    other = json.loads((run / "eval-paper-protocol" / "results.json").read_text())
+    assert other["config"] == {"method": "ccd"}  # it decides which row of the paper stands there
+
+
 def test_the_report_counts_the_images_that_trained(run, tmp_path):
     for k in range(2, 24):
         shutil.copy(tmp_path / "set/train/good/0.png", tmp_path / f"set/train/good/{k}.png")

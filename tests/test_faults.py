@@ -146,7 +146,7 @@ BAD_CONFIGS = [
 
 
 def good_config() -> dict:
-    return dataclasses.asdict(options.make_config({"data": "x"})) | versions()
+    return dataclasses.asdict(options.make_config({"data": "x"})) | versions("cpu")
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_CONFIGS)

@@ -361,6 +361,7 @@ def test_an_encoder_without_a_learning_rate_stays_as_it_was_and_the_rest_learns(
     igd.fit(images(8))
     same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
     assert {name for name in before if name.startswith("backbone.")} == same - {"sigma2"}
+    assert all(p.grad is None for p in model.backbone.parameters())  # nor is time spent on them
 
 
 def test_mu_and_sigma_are_those_of_all_training_images_whenever_they_are_due(case):

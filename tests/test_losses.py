@@ -44,6 +44,12 @@ def test_the_defaults_are_the_readings_r2_and_r3():
     assert float(losses.contrastive_loss(z, n, pair, c)) == pytest.approx(want, rel=1e-5)
 
 
+def test_eq_6_is_clamped_as_r6_says():
+    z = torch.tensor([[5e-5, 0.0], [0.0, 2e-4]], dtype=torch.float64)
+    f = losses.centred_features(z, torch.zeros(2).long(), torch.zeros(1, 2).double())
+    assert torch.allclose(f, torch.tensor([[0.5, 0.0], [0.0, 1.0]]).double())  # norms 1e-4, 2e-4
+
+
 @given(features())
 def test_multi_centring_loss_is_the_printed_formula(args):
     z, n, _, c = args

@@ -316,7 +316,7 @@ def test_pixel_measures_refuse_what_they_cannot_measure():
             measures.dice_threshold(bad, masks, [0])
     with pytest.raises(ValueError, match="no lesion in the masks of 0 images"):
         measures.aupro(maps[:0], masks[:0])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no images"):
         measures.dice_threshold(maps, masks, np.arange(0))
 
 

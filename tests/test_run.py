@@ -25,6 +25,7 @@ import eval as evaluation
 import pmsacl
 from encoder import ResNet18, seeded
 from support import job, layouts, options, run
+from support.versions import versions
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -75,7 +76,7 @@ def test_near_duplicates_are_told_and_stand_in_the_results(phantoms, tmp_path, m
     given = ["--data", str(phantoms), "--out", str(tmp_path / "r"), "--method", "none", *TINY]
     assert job.main(given) == 0
     dataset = layouts.discover(phantoms)
-    note = "1 test images are nearly the same as a training image, such as "
+    note = "test images that are nearly the same as a training image (1), such as "
     note += f"{dataset.test[1].path} and {dataset.train[2]}: the results may be optimistic"
     assert f"warning: {note}" in " ".join(capsys.readouterr().err.split())
     assert note in json.loads((tmp_path / "r" / "results.json").read_text())["data_notes"]
@@ -396,3 +397,8 @@ def test_training_on_a_flat_folder_goes_without_measures(tmp_path, phantoms):
     assert job.main(["--data", str(root), "--out", str(folder), *TINY]) == 0
     results = json.loads((folder / "results.json").read_text())
     assert "padim" not in results and (folder / "detector.pt").exists()
+
+
+def test_a_run_on_the_cpu_names_the_cpu_also_where_a_gpu_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    assert versions("cuda")["processor"] == "a GPU" != versions("cpu")["processor"]

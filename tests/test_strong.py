@@ -29,6 +29,10 @@ NAMES = [name for name in strong.STRONG if name != "medmix"]  # test_medmix.py h
 LOCAL = ["cutout", "cutmix"]  # change n boxes; the others change the whole image
 
 
+def test_strong_has_medmix_and_the_augmentations_of_figure_6():
+    assert list(strong.STRONG) == ["medmix", "rotation", "permutation", "cutout", "noise", "cutmix"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(batches())
 def test_strong_augmentations_change_the_mask_only(name, batch):

@@ -64,8 +64,8 @@ def test_each_row_of_the_deviations_is_cited_and_each_cited_row_stands():
 
 def test_a_row_is_cited_by_no_other_tag():
     for path, text in SOURCES.items():
-        rows = [tag for tag in re.findall(r"\[[^\]\n]*\bR\d+\b[^\]\n]*\]", text)]
-        assert all(re.fullmatch(r"\[(P[:!][^\]]+)\]", tag) for tag in rows), (path, rows)
+        rows = re.findall(r"\[[^\]\n]*\bR\d+\b[^\]\n]*\]", text)
+        assert all(re.fullmatch(r"\[P[:!][^\]]+\]", tag) for tag in rows), (path, rows)
 
 
 def test_rows_that_the_docs_name_stand():

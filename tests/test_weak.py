@@ -56,6 +56,10 @@ def test_weak_says_what_it_cannot_take():
     for area in (0.0, -1.0, 1.5):
         with pytest.raises(ValueError, match="min_area"):
             weak.weak(images(1, 16), generator(), min_area=area)
+    with pytest.raises(ValueError, match="strength >= 0, got 0.08 and -1"):
+        weak.weak(images(1, 16), generator(), strength=-1)
+    with pytest.raises(ValueError, match=r"out must be \(1, 3, 16, 16\), got \(2, 3, 16, 16\)"):
+        weak.weak(images(1, 16), generator(), out=images(2, 16))
     with pytest.raises(ValueError, match="images must be"):
         weak.weak(images(1, 16)[0], generator())
 
