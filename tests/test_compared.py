@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,6 +298,8 @@ def test_the_main_job_fits_evaluates_and_resumes_them(tmp_path):
     dae, panda = evaluation.load(first), evaluation.load(second)
     assert (dae.epochs, dae.denoise, dae.width) == (1, 0.1, COMPARED["dae"].quick["width"])
     assert panda.kind == "panda" and isinstance(panda.networks["resnet"], ResNet18)
+    encoder = torch.load(folder / "encoder.pt", weights_only=True)  # that PANDA begins with
+    assert torch.equal(panda.networks["resnet"].conv1.weight, encoder["conv1.weight"])
     _, _, loaded = evaluation.load_run(folder, "cpu")
     assert list(loaded) == ["dae", "panda"]
     first.unlink()
@@ -309,10 +312,22 @@ def test_the_main_job_fits_evaluates_and_resumes_them(tmp_path):
     assert job.main([*arguments, "--resume"]) == 2  # one clear line
 
 
-def test_the_epochs_of_a_run_hold_for_both_trainings_of_fanogan(tmp_path):
-    given = {"preset": "quick", "image_size": 32, "seed": 0, "device": "cpu", "detector_lr": 0.0}
+def test_a_reconstruction_is_headed_by_the_class_of_its_image(tmp_path, monkeypatch):
+    seen, labels = [], np.array([True, False, False, True])
+    monkeypatch.setattr(job, "reconstruction_figure", lambda *given: seen.append(given))
+    monkeypatch.setattr(job, "write_all", lambda *_: None)
+    detector = SimpleNamespace(device=torch.device("cpu"), reconstruct=lambda x: 1 - x)
+    dataset = SimpleNamespace(labels=labels)
+    shown = SimpleNamespace(train=images(2), test=images(4), dataset=dataset)
+    job.draw_reconstructions("dae", detector, shown, tmp_path)
+    assert seen[0][2:] == (["abnormal", "normal", "normal", "abnormal"], "dae")
+
+
+def test_the_epochs_of_a_run_hold_for_both_trainings_of_fanogan_and_its_rate_for_one(tmp_path):
+    given = {"preset": "quick", "image_size": 32, "seed": 0, "device": "cpu", "detector_lr": 0.002}
     detector = fit("fanogan", nn.Identity(), images(4), given | {"detector_epochs": 1}, tmp_path)
     assert (detector.epochs, detector.encoder_epochs) == (1, 1) and detector.ready
+    assert (detector.lr, detector.encoder_lr) == (0.002, COMPARED["fanogan"].quick["encoder_lr"])
 
 
 def test_a_run_takes_the_encoders_of_another(phantoms, finished, tmp_path, capsys):

@@ -274,6 +274,7 @@ def page_batch(training: Training, data: np.ndarray) -> Tensor:
 
 SETTINGS: dict[str, Any] = {"epochs": 4, "warmup": 0.5, "interval": 1, "lr": 2e-4, "kappa": 0.6}
 SETTINGS |= {"encoder_lr": 5e-5, "critic_weight": 0.4, "gamma": 0.3, "sigma2_least": 1e-3}
+SETTINGS |= {"seed": 3}
 CASES = {
     "global": (SETTINGS, images(8)),
     "local": (
@@ -473,12 +474,12 @@ def test_estimates_come_every_interval_from_where_eq_12_joins_on(monkeypatch):
 @pytest.mark.parametrize("name", ["global", "local"])
 def test_every_image_or_patch_is_seen_once_an_epoch(name):
     train = images(3, 64)
-    trainings = small(True, image_size=64, patches=9, batch_size=3).trainings(train)
+    trainings = small(True, image_size=64, patches=4, stride=32, batch_size=3).trainings(train)
     training = next(t for t in trainings if t.which == name)
     assert training.steps == (1 if name == "global" else 3)
     seen = [training.take(part) for part in training.order(0).reshape(training.steps, -1)]
     want = (torch.from_numpy(train).to(DEVICE).float() / 255).cpu()  # a GPU divides in its own way
-    want = want if name == "global" else unfold(want, 16)
+    want = want if name == "global" else unfold(want, 32)
     rows = [sorted(map(tuple, t.flatten(1).tolist())) for t in (torch.cat(seen).cpu(), want)]
     assert rows[0] == rows[1]
     assert not np.array_equal(training.order(0), training.order(1)) or name == "global"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_within, generator
+from conftest import SIGMAS, assert_within, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from page import budget, features, printed_cross_entropy, printed_eq_3, printed_eq_5
@@ -151,6 +151,10 @@ def test_neighbours_lie_where_their_class_says():
     assert torch.equal(shift.sign().long(), wanted)
     moved = shift[wanted != 0].abs()
     assert moved.min() == 24 and moved.max() == 31  # 24 + U{0..7}, all of them reached
+    across = wanted.abs().sum(1) == 2  # each axis has its own distance and its own place
+    assert (shift[across].abs().diff() != 0).any()
+    place = (first[:, :2, 0, 0] + shift.clamp(max=0))[across]
+    assert abs(torch.corrcoef(place.T)[0, 1]) < SIGMAS / across.sum() ** 0.5
 
 
 def test_images_too_small_for_a_pair_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -115,6 +116,29 @@ def test_pictures_are_of_a_run_that_holds_no_image_out_as_tables_are(drawn):
     assert (wanted.call_args[0][0].image_size, wanted.call_args[0][0].healthy_share) == (64, 0)
 
 
+def test_what_is_drawn_of_an_image_is_its_own(drawn):
+    run = paper_figures.Run.of(drawn[1])
+    assert dataclasses.replace(run, window=(1.0, 9.0)).how()["window"] == (1.0, 9.0)
+    dataset, images, masks, _ = run.test_images()
+    d = paper_figures.detections(run, "padim")
+    at = [dataset.test.index(sample) for sample in d.dataset.test]
+    assert len(at) == 6 and (d.images == images[at]).all() and (d.masks == masks[at]).all()
+    wraps = figures.localisation_figure
+    with mock.patch.object(figures, "localisation_figure", wraps=wraps) as localisation:
+        paper_figures.draw(3, drawn[1])
+    shown, _, outlines, samples = localisation.call_args.args[:4]
+    at = [dataset.test.index(sample) for sample in samples]
+    assert (shown == images[at]).all() and (outlines == masks[at]).all()
+    with (
+        mock.patch.object(figures, "image_grid", wraps=figures.image_grid) as grid,
+        mock.patch.object(paper_figures, "framed", wraps=paper_figures.framed) as framed,
+    ):
+        paper_figures.draw(5, drawn[1])
+    verdicts = [call.args[3].split(" ", 1)[1] for call in framed.call_args_list]
+    in_first = set(verdicts[: len(grid.call_args.args[0][0])])
+    assert in_first <= set(figures.VERDICTS[0]) and grid.call_args.kwargs["rows"][0] == "normal"
+
+
 def damaged(run: Path, root: Path, change: str) -> Path:
     """A copy of the run that lacks something."""
     folder = Path(shutil.copytree(run, root / "copy", ignore=shutil.ignore_patterns("cache")))
@@ -163,7 +187,11 @@ def test_figure_2_needs_healthy_images_alone(tmp_path):
 def test_every_class_is_a_column_of_figure_2(strong):
     config = make_config({"data": "x", "image_size": 32, "strong": strong, "init": "random"})
     x = (torch.rand(5, 3, 32, 32, generator=generator()) * 255).byte().numpy()
-    picture = paper_figures.views_figure(x, config, "a set")
+    with mock.patch.object(figures, "outlined", wraps=figures.outlined) as outlined:
+        picture = paper_figures.views_figure(x, config, "a set")
+    calls = [call.args[:2] for call in outlined.call_args_list]  # image by image, class by class
+    for k, (view, mask) in enumerate(calls):
+        assert not ((view != calls[k - k % 4][0]).any(0) & (mask == 0)).any()  # but there
     side, rows = paper_figures.SIDE + 6, 2 if strong == "medmix" else 1
     assert picture.width == 4 * side + 6
     assert picture.height - rows * paper_figures.EXAMPLES * side < 8 * paper_figures.TEXT

@@ -6,6 +6,7 @@ Sizes as in pmsacl.py: B images, A classes, N = 2 A B views.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -27,7 +28,7 @@ import pmsacl
 import weak
 from baselines.pretraining import METHODS, UNTRAINED
 from baselines.strong import STRONG
-from encoder import Encoder
+from encoder import Encoder, ResNet18, seeded
 from support.options import Config, make_config
 from support.worth import fake_lesions
 
@@ -135,11 +136,12 @@ def test_lesion_area_crop_area_and_jitter_reach_medmix():
         shares.append(float(augment(x, ones, generator(1))[1].float().mean()))
     assert shares[0] < 0.03 and 0.1 < shares[1] < 0.35
     config = Config(classes=1, crop_area=1.0, jitter=0.0, weak="ccd")
-    flat = torch.rand(8, 3, 1, 1, generator=generator(2)).expand(8, 3, 32, 32)
-    views, _, _ = pmsacl.class_views(flat, config, generator(3))
-    grey = weak.luma(flat).expand_as(flat)
-    for i, view in enumerate(views):  # neither cropped nor jittered; a fifth of them are grey
-        assert any(torch.allclose(view, y[i // 2], atol=1e-5) for y in (flat, grey))
+    x = torch.rand(8, 3, 32, 32, generator=generator(2))
+    views, _, _ = pmsacl.class_views(x, config, generator(3))
+    grey = weak.luma(x).expand_as(x)
+    plain = (x, x.flip(3), grey, grey.flip(3))
+    for i, view in enumerate(views):  # neither cropped, jittered nor blurred; a fifth are grey
+        assert any(torch.allclose(view, y[i // 2], atol=1e-5) for y in plain)
 
 
 # --- the terms of eq. 1 ------------------------------------------------------------------------
@@ -282,17 +284,36 @@ def test_a_state_goes_on_as_if_it_had_not_been_stopped_and_refuses_other_images(
     whole, resumed = (pmsacl.Pretraining(images, config) for _ in range(2))
     for _ in range(2):
         whole.update(whole.losses())
+    whole.spread, whole.collapsed, whole.init = 0.25, True, "imagenet"
     of_gpu = copy.deepcopy(whole.state_dict())
     of_gpu["optimiser"]["param_groups"][0]["fused"] = True  # as a GPU writes it
     resumed.load_state_dict(of_gpu)
     groups = (t.state_dict()["optimiser"]["param_groups"] for t in (resumed, whole))
     assert next(groups) == next(groups)
+    assert (resumed.spread, resumed.collapsed, resumed.init) == (0.25, True, "imagenet")
     for training in (whole, resumed):
         training.update(training.losses())
     for name, value in whole.encoder.state_dict().items():
         assert torch.equal(value, resumed.encoder.state_dict()[name]), name
     with pytest.raises(ValueError, match="training images have changed"):
         pmsacl.Pretraining(pictures(count=8), config).load_state_dict(whole.state_dict())
+
+
+def test_start_weights_held_back_images_and_random_centres_follow_the_seed():
+    trainings = [pmsacl.Pretraining(pictures(), tiny(centres="random", seed=k)) for k in (0, 1)]
+    for k, training in enumerate(trainings):  # the untrained row of the results begins there, too
+        start = ResNet18(seeded(k, 2)).conv1.weight
+        assert torch.equal(training.encoder.backbone.conv1.weight, start)
+    assert trainings[0].watched.tolist() != trainings[1].watched.tolist()
+    assert not torch.equal(*(training.centres() for training in trainings))
+
+
+@pytest.mark.parametrize(("count", "batch", "held"), [
+    (120, 4, 6), (120, 32, 16), (40, 32, 10), (2000, 4, 64),
+])  # fmt: skip
+def test_a_twentieth_or_half_a_batch_is_held_back_64_and_a_quarter_at_most(count, batch, held):
+    images = np.zeros((count, 3, 32, 32), np.uint8)
+    assert len(pmsacl.Pretraining(images, tiny(batch_size=batch)).watched) == held
 
 
 # --- centres and the health of the pretext task ------------------------------------------------
@@ -367,6 +388,26 @@ def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypa
         pmsacl.Pretraining(np.zeros((3, 3, 32, 32), np.uint8), config)
 
 
+def test_health_is_spread_distance_and_accuracy_on_fresh_views_of_held_back_images():
+    training = pmsacl.Pretraining(pictures(), tiny(classes=3))
+    encoder, watched = training.encoder.eval(), training.watched
+    batches = [training.views_of(watched, training.draws(4, i)) for i in (0, 1)]  # 24 views
+    n = torch.cat([classes for _, classes in batches])
+    with torch.no_grad():
+        z, h = (torch.cat(y) for y in zip(*(encoder.embed(x) for x, _ in batches), strict=True))
+        encoder.f_beta.bias -= encoder.f_beta(h).mean(0)  # else it says one class only
+    means = [z[n == k].mean(0) for k in range(3)]
+    apart = [float((a - b).norm()) for a, b in itertools.combinations(means, 2)]
+    want = {
+        "spread": float(z.var(0).sqrt().mean()),
+        "distance": sum(apart) / 3,
+        "accuracy": float((encoder.f_beta(h).argmax(1) == n).double().mean()),
+    }
+    assert training.health() == pytest.approx(want, rel=1e-4)
+    training.begin()
+    assert training.spread == training.health()["spread"] and encoder.training
+
+
 def test_a_collapse_is_said_once_and_not_of_the_first_steps(capsys):
     training = pmsacl.Pretraining(pictures(), tiny())
     training.spread = 1e9
@@ -377,10 +418,10 @@ def test_a_collapse_is_said_once_and_not_of_the_first_steps(capsys):
 
 
 def test_an_epoch_logs_how_well_fake_lesions_are_found_except_on_patches():
-    training = pmsacl.Pretraining(pictures(count=16), tiny())
+    training = pmsacl.Pretraining(pictures(count=16), tiny(seed=1))
     before = copy.deepcopy(training.encoder.state_dict())
     row = training.end_epoch()
-    fakes = fake_lesions(training.encoder.backbone, training.pixels, seed=0)
+    fakes = fake_lesions(training.encoder.backbone, training.pixels, seed=1)
     assert (row["fake_auroc"], row["fake_aupro"]) == (fakes["image_auroc"], fakes["aupro"])
     assert training.encoder.training  # and watching it has changed nothing
     for name, value in training.encoder.state_dict().items():

@@ -23,7 +23,7 @@ from encoder import ResNet18
 from measures import auroc, confusion
 from support import cards, charts, data, figures, healthy, layouts, options, report
 from support.new_images import NewImages, write_score_report
-from support.page import SCORES, recounted
+from support.page import SCORES, recounted, slider
 from support.score_files import Judge
 
 BROWSER = next(
@@ -184,10 +184,23 @@ def test_errors_come_first_and_each_verdict_is_that_of_the_threshold(two):
     errors = [a for a in shown if a["class"] == "card wrong"]
     assert errors == shown[: len(errors)] and len(errors) == (wrong & ~validation).sum() > 2
     assert len(shown) == (~validation).sum()
+    recounts = json.loads(re.search(r"application/json[^>]*>(.*?)</script>", page.html, re.S)[1])
+    counts = [len(recounts["padim"][word]) for word in ("normal", "abnormal")]
+    assert counts == np.bincount(labels[~validation]).tolist()
     words = {("0", 0): "passed", ("0", 1): "false alarm", ("1", 0): "missed", ("1", 1): "found"}
     for card in shown:
         high = int(float(card["data-score"]) >= threshold)
         assert card["data-verdict"] == words[card["data-label"], high]
+
+
+def test_each_roc_curve_is_of_its_detectors_own_measured_scores(tmp_path, monkeypatch):
+    seen, labels = [], np.arange(N) % 2
+    monkeypatch.setattr(charts, "roc_chart", lambda curves, *rest: seen.append(curves) or "")
+    run(tmp_path, padim=Detector(scores_of(1)), untrained=Detector(scores_of(2)))
+    keep = ~evaluation.validation_split(labels, 0)
+    for name, seed in (("padim", 1), ("untrained", 2)):
+        want = charts.roc(scores_of(seed)[keep], labels[keep])
+        np.testing.assert_array_equal(np.stack(seen[0][name]), np.stack(want))
 
 
 def test_cards_have_image_heat_map_and_outline_and_say_what_they_show(two):
@@ -332,6 +345,7 @@ def test_the_slider_gets_every_score_or_even_ranks_of_too_many():
     assert len(many["normal"]) == SCORES and not many["abnormal"]
     assert (many["normal"][0], many["normal"][-1]) == (0, 3 * SCORES - 1)
     assert not recounted(scores, None, 1.0)["labelled"]
+    assert 'min="1" max="5" value="5"' in slider("padim", 5.0, np.array([1.0, 2.0]))  # reachable
 
 
 @pytest.mark.parametrize(
@@ -376,6 +390,7 @@ def test_new_images_have_verdicts_where_there_is_a_threshold(tmp_path):
     assert [a["data-verdict"] for a in padim] == ["abnormal"] * 5 + ["normal"] * 5
     assert {a["data-verdict"] for a in igd} == {""}
     assert "5 of 10 (0.500) judged abnormal" in page.text
+    assert new.judges["padim"].words(5.0)["verdict"] == "abnormal"  # at the threshold or above
     assert "62% of 8 held-out healthy images lie below it" in page.text
     assert "above 87.5% of healthy images" in page.text
     assert "no threshold" in page.text.split("Detector: igd")[-1]

@@ -23,6 +23,7 @@ from PIL import Image
 
 import eval as evaluation
 import pmsacl
+from detectors import PaDiM
 from encoder import ResNet18, seeded
 from support import job, layouts, options, run
 from support.versions import versions
@@ -287,11 +288,15 @@ def test_igd_shares_the_pre_training_and_resumes(phantoms, tmp_path):
 
 def test_random_trains_nothing_and_its_detector_is_the_untrained_one(phantoms, tmp_path):
     folder = tmp_path / "run"
-    arguments = "--method random --epochs 3 --image-size 32 --batch-size 4".split()
-    assert job.main(["--data", str(phantoms), *arguments, "--out", str(folder)]) == 0
+    arguments = "--method random --epochs 3 --image-size 32 --batch-size 4 --seed 3".split()
+    arguments += ["--paper-protocol", "--data", str(phantoms), "--out", str(folder)]
+    assert job.main(arguments) == 0
     saved = torch.load(folder / "encoder.pt", weights_only=True)
-    assert torch.equal(saved["conv1.weight"], ResNet18(seeded(0, 2)).conv1.weight)
+    assert torch.equal(saved["conv1.weight"], ResNet18(seeded(3, 2)).conv1.weight)
+    channels = evaluation.load(folder / "detector.pt").channels
+    assert torch.equal(channels, PaDiM(ResNet18(), seed=3).channels)
     results = json.loads((folder / "results.json").read_text())
+    assert {"seed": 3, "paper_protocol": True}.items() <= results["padim"]["data"].items()
     assert results["padim"]["image_auroc"] == results["untrained"]["image_auroc"]
 
 

@@ -96,6 +96,8 @@ def test_scores_percentiles_verdicts_and_overlays(run, new, capsys):
     with Image.open(run / "scored/overlays/bright/b.png.jpg") as overlay:
         assert overlay.height == 30 and overlay.width > 40
         assert np.abs(np.asarray(overlay)[15, 20] - [20, 20, 22]).max() < 16  # dark: 0.2
+    with Image.open(run / "scored/overlays/bright/inside/a.png.jpg") as overlay:
+        assert np.asarray(overlay)[15, 20, 0] > 120  # 0.4, the middle of the healthy images' scale
     assert not list(new.rglob("*.jpg")) and (run / "scored/report_scored.html").is_file()
     assert evaluation.main([str(run), "--score", str(new / "a.png")]) == 0
     assert len(rows_of(run / "scored-2")) == 1 and len(rows_of(run / "scored")) == 3
@@ -114,6 +116,16 @@ def test_the_runs_own_threshold_goes_before_that_of_healthy_images(run, new, cap
     assert [b["verdict"] for b in of_bright] == ["abnormal", "normal", "abnormal"]
     assert {b["threshold"] for b in of_bright} == {0.3} and of_bright[0]["percentile"] == 100
     assert items[0]["detectors"]["blind"]["percentile"] is None
+    with Image.open(run / "scored/overlays/bright/b.png.jpg") as overlay:
+        assert np.asarray(overlay)[15, 20, 2] > 60  # 0.2 is violet on the run's scale, 0 to 1
+
+
+def test_deep_new_images_are_shown_in_the_window_of_the_run(run, tmp_path):
+    config = {"image_size": 32, "seed": 0, "data": "", "values_shown": [0, 1000]}
+    (run / "config.json").write_text(json.dumps(config))
+    Image.fromarray(np.full((32, 32), 400, np.uint16)).save(tmp_path / "deep.png")
+    assert evaluation.main([str(run), "--score", str(tmp_path / "deep.png")]) == 0
+    assert float(rows_of(run / "scored")[0]["bright_score"]) == pytest.approx(0.4, abs=0.01)
 
 
 def evaluation_counts():
@@ -219,7 +231,12 @@ def test_overlays_of_paths_with_dots_stay_in_their_folder(run, new):
 def test_hidden_folders_are_not_scored_and_unreadable_ones_are_named(run, new, monkeypatch):
     for folder in (".thumbs", "__MACOSX"):
         grey(new / folder / "x.png", 9)
-    assert len(score_files.image_files([new])) == 3
+    grey(new / "scored/overlays/x.jpg", 9)  # of an earlier scoring
+    (new / "scored/report_scored.html").touch()
+    for name in "edc":
+        grey(new / f"{name}.png", 9)
+    files = score_files.image_files([new])
+    assert len(files) == 6 and files == sorted(files)
 
     def walk(folder, failed):
         failed(PermissionError(13, "Permission denied", str(folder / "secret")))
@@ -245,7 +262,8 @@ def test_two_scorings_at_once_get_a_folder_each(run, new):
 def test_without_any_scale_the_first_new_images_set_it(run, new, monkeypatch):
     monkeypatch.setattr(Bright, "healthy", None)
     assert evaluation.main([str(run), "--score", str(new)]) == 0
-    assert (run / "scored/overlays/bright/a.png.jpg").exists()
+    with Image.open(run / "scored/overlays/bright/a.png.jpg") as overlay:
+        assert np.asarray(overlay)[15, 20, 1] > 200  # the brightest of three, not of itself alone
 
 
 def test_files_are_read_ahead_and_not_all_at_once():

@@ -161,6 +161,8 @@ def test_each_method_trains_and_goes_on_where_it_was_stopped(method, tmp_path):
     assert all(torch.equal(v, after[k]) for k, v in resumed.state_dict().items())
     row = list(csv.DictReader((tmp_path / "whole/log.csv").read_text().splitlines()))[-1]
     assert 0 < float(row["spread"]) < 1
+    last = pmsacl.cosine(config.lr, config.lr_end, 1 - 1 / started.total)  # of the last step
+    assert float(row["lr"]) == pytest.approx(last, rel=1e-4) and not encoder.training
     assert ("accuracy" in row) == (method in ("pmsacl", "rotnet", "csi", "ccd"))
     assert ("distance" in row) == (method != "simclr")
 
