@@ -95,7 +95,7 @@ def prepare(config: Config, folder: Path) -> Images:
     window = window_of_set(dataset.images, config.window, saved)
     size, cache = config.image_size, cache_folder(folder)
     how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": notes}
-    fit, train, kept_out = data.decode_train(
+    fit, train, held_out = data.decode_train(
         dataset.train, config.healthy_share, size, cache, **how
     )
     dataset = dataclasses.replace(dataset, train=fit)
@@ -111,7 +111,7 @@ def prepare(config: Config, folder: Path) -> Images:
         content |= {"values_shown": window, "images": images}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
     pixels = data.resident(train, torch.device(config.device))
-    return Images(dataset, train, pixels, test, masks, known, kept_out, tuple(notes))
+    return Images(dataset, train, pixels, test, masks, known, held_out, tuple(notes))
 
 
 def main_job(config: Config, folder: Path) -> None:

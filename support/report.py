@@ -34,7 +34,7 @@ NAMES = {
     "igd": "IGD on the network of this run",
     "untrained": "PaDiM on random weights: what the pre-training has to beat",
     "trivial": "a detector of a few lines: what any method has to beat",
-    "f_beta": "the pre-training's own head: 1 - P(n = 0), with MedMix that of a fake lesion",
+    "f_beta": "the pre-training's own head: 1 - P(n = 0), with MedMix how sure it is of a lesion",
 }
 MEASURES = {  # column -> key of a row; shown with KEY_sd and KEY_interval, where it has these
     "AUROC": "image_auroc",
@@ -309,12 +309,9 @@ def _views(folder: Path, config: Mapping[str, Any]) -> str:
     with Image.open(file) as image:
         content = jpeg(image)
         size = f'width="{image.width}" height="{image.height}"'
-    lesions = strong == "medmix"
-    shown = (
-        "Healthy images with 0, 1, ... fake lesions"
-        if lesions
-        else f"Classes 0, 1, ... of {strong}"
-    )
+    shown = f"Classes 0, 1, ... of {strong}"
+    if strong == "medmix":
+        shown = "Healthy images with 0, 1, ... fake lesions"
     what = f"{shown}, which the pre-training learns to tell apart"
     picture = img(content, what).replace('width="160" height="160"', size)
     return f"<figure>{picture}<figcaption>{what}.</figcaption></figure>"

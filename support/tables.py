@@ -50,9 +50,9 @@ PAPERS_SETS = {
     "Liu et al.": "liu",
     "Covid-X": "covidx",
 }
-_PRETRAINED = {"pmsacl": "PMSACL - ", "ccd": "CCD - ", "none": ""}  # --method -> in a row's name
+_PRETRAINED = {"pmsacl": "PMSACL", "ccd": "CCD"}  # --method -> the paper's name of it
 _ON_THE_ENCODER = ("padim", "igd", "panda", "cutpaste")  # rows that a pre-training changes
-PAPERS_NAMES = {  # our row -> the paper's, after the pre-training's
+PAPERS_NAMES = {  # our row -> the paper's without a pre-training
     "padim": "PaDiM",
     "igd": "IGD",
     "dae": "DAE",
@@ -214,11 +214,12 @@ def _counterparts(
         return numbers[0], {}
     config = results.get("config", {})
     method = None if config.get("encoder") else config.get("method")
-    names = {row: name for row, name in PAPERS_NAMES.items() if row not in _ON_THE_ENCODER}
-    if method == "none":
-        names |= {row: PAPERS_NAMES[row] for row in ("panda", "cutpaste")}
+    names = dict(PAPERS_NAMES)
+    if method != "none":
+        names = {row: name for row, name in names.items() if row not in _ON_THE_ENCODER}
     if method in _PRETRAINED:
-        names |= {row: _PRETRAINED[method] + PAPERS_NAMES[row] for row in ("padim", "igd")}
+        for row in ("padim", "igd"):
+            names[row] = f"{_PRETRAINED[method]} - {PAPERS_NAMES[row]}"
     printed = PRINTED[f"table {number}"][2]
     with_star = {row: name if name in printed else f"{name}*" for row, name in names.items()}
     return number, {row: name for row, name in with_star.items() if name in printed}
