@@ -26,7 +26,7 @@ from support.claim import held, signals
 from support.compared import COMPARED
 from support.depth import window_of_set
 from support.lesion_classifier import LesionClassifier
-from support.progress import complain, notify, quietly, show
+from support.progress import as_program, complain, notify, show
 from support.readers import build_detector, folder_of_other, read_config, read_results
 from support.run import Parser, given_path, pick_device, read_saved, read_text, real
 from support.score_files import score_files
@@ -393,4 +393,4 @@ def _carry_out(args: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(quietly(main))
+    sys.exit(as_program(main))

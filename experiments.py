@@ -40,7 +40,7 @@ from support.figures import png
 from support.job import main_job
 from support.options import Config, make_config, option, parse
 from support.paper_figures import PICTURES, draw, draw_views
-from support.progress import complain, duration, notify, quietly, show
+from support.progress import as_program, complain, duration, notify, show
 from support.rows import MASKED, OF_SET, ROWS, Row, read_sweep, reference, rows_of, with_more
 from support.run import (
     Parser,
@@ -359,4 +359,4 @@ def _common_options(
 
 
 if __name__ == "__main__":
-    sys.exit(quietly(main))
+    sys.exit(as_program(main))

@@ -41,7 +41,7 @@ from losses import (
 )
 from support.data import resident
 from support.options import CENTRED, Config, lesion_area, positive_scale
-from support.progress import notify, progress, quietly
+from support.progress import as_program, notify, progress
 from support.run import gather, mean_of_processes, ranks
 from support.training import start_weights, train
 from support.worth import fake_lesions
@@ -357,4 +357,4 @@ def pretrain(
 if __name__ == "__main__":
     from support.job import main  # the command: it imports this module
 
-    sys.exit(quietly(main))
+    sys.exit(as_program(main))

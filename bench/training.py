@@ -36,6 +36,7 @@ from igd import IGD
 from pmsacl import Pretraining, class_views
 from support.launches import of_step
 from support.options import Config
+from support.run import keep_freed_memory
 from support.training import step
 
 Times = tuple[float, float, float]  # seconds of ours, of the other, median ratio
@@ -186,6 +187,7 @@ def counts() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_commit(parser)
+    keep_freed_memory()  # as the programs do
     commit, rows = parser.parse_args().commit, []
 
     def measure(what: str, times: Times) -> None:

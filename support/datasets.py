@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from support import layouts
-from support.progress import complain, quietly, show
+from support.progress import as_program, complain, show
 from support.run import Parser, given_path
 
 COLUMNS = ("training", "test, normal", "test, abnormal", "masks")
@@ -50,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(quietly(main))
+    sys.exit(as_program(main))

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
-from support.run import lack, one_line, ranks
+from support.run import keep_freed_memory, lack, one_line, ranks
 
 T = TypeVar("T")
 
@@ -48,12 +48,13 @@ def complain(program: str, error: object) -> int:
     return 2
 
 
-def quietly(main: Callable[[], int]) -> int:
+def as_program(main: Callable[[], int]) -> int:
     """The exit status of a program's `main`, without the warnings of libraries.
 
     Names that the terminal cannot show are written with escapes. -W and PYTHONWARNINGS bring the
-    warnings back.
+    warnings back. Freed memory is kept (`keep_freed_memory`).
     """
+    keep_freed_memory()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None where the shell has closed it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
 import errno
 import functools
 import io
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import stat
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -60,6 +62,19 @@ def one_line(program: str, error: object) -> str:
         error = f"{error.filename}: {error.strerror}"
     text = " ".join(f"{program}: {error}".split())
     return (text if len(text) <= LONGEST else f"{text[: LONGEST - 20].rstrip()} ... (cut)") + "\n"
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory where it would give it back to the system.
+
+    Getting it again, page by page, took 0.07 (64 px) to 0.2 (256 px) of a training step on a CPU.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
 
 
 def pick_device(name: str) -> str:

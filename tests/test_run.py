@@ -7,6 +7,8 @@ import csv
 import io
 import json
 import os
+import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -382,6 +384,21 @@ def test_the_command_of_a_shell_ends_with_one_line_and_its_exit_status(tmp_path)
     )
     [line] = result.stderr.splitlines()
     assert result.returncode == 2 and line.startswith("pmsacl.py: ") and "nowhere" in line
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_a_program_reuses_the_memory_that_it_freed():
+    code = "import resource; from support.progress import as_program\n" \
+        "def main():\n" \
+        "    for _ in range(4):\n" \
+        "        bytes(1) * 2**26\n" \
+        "        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n" \
+        "    return 0\n" \
+        "main(), as_program(main)"  # fmt: skip
+    lines = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).splitlines()
+    faults = np.diff([int(line) for line in lines])  # pages that were got anew
+    pages = 2**26 // resource.getpagesize()
+    assert (faults[:3] > 0.9 * pages).all() and (faults[4:] < 0.1 * pages).all()
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(phantoms, tmp_path, capsys):
