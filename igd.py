@@ -98,15 +98,15 @@ class IGD:
     width: int = 64  # channels of decoder and critic at full size              [I:code]
     lr: float = 1e-4  # of Adam, at the start                                   [I:code]
     encoder_lr: float = 1e-4  # of the encoder; 0 keeps it, as in [I:code]      [P!§3.3 R21]
-    rho: float = 0.15  # weight of the absolute error                           [P:(11)]
+    rho: float = 0.15  # weight of the absolute error                           [I:code]
     kappa: float = 1.0  # of sigma^2                                            [P:§3.3]
     sigma2_least: float = 1.0  # sigma^2 is never less                          [I:code]
     interval: int = 10  # epochs between estimates of mu and sigma^2            [I:code]
     warmup: float = 0.0  # share of the global epochs without eq. 12            [P!§3.3 R21]
     critic_weight: float = 0.1  #                                               [I:code]
     gamma: float = 0.2  # share of x in the critic's blend                      [I:code]
-    xi_global: float = 0.1  # share of l_rec in the score                       [P:(10)]
-    xi_local: float = 0.9  # the same, of a patch                               [P:(10)]
+    xi_global: float = 0.1  # share of l_rec in the score                       [I:code]
+    xi_local: float = 0.9  # the same, of a patch                               [I:code]
     heat_map: str = "patch"  # eq. 10 for each patch | "residual", the authors' code
     seed: int = 0
 

@@ -45,7 +45,7 @@ class DAE(Detector):
     epochs: int = 256  # as many as IGD has                                 [P!§4.4.1 R25]
     batch_size: int = 16
     lr: float = 1e-3  # of Adam                                             [P!§4.4.1 R25]
-    latent: int = 128  # Z                                                         [P:§4.2]
+    latent: int = 128  # Z                                                  [P!§4.4.1 R25]
     denoise: float = 0.0
 
     def build(self, start: Any) -> dict[str, nn.Module]:

@@ -26,8 +26,8 @@ class MSSSIM(Detector):
     epochs: int = 256  #                                                             [I:code]
     batch_size: int = 16
     lr: float = 1e-3  # of Adam                                             [P!§4.4.1 R25]
-    latent: int = 128  # Z                                                         [P:§4.2]
-    rho: float = 0.15  #                                                           [P:(11)]
+    latent: int = 128  # Z                                                  [P!§4.4.1 R25]
+    rho: float = 0.15  #                                                         [I:code]
 
     def build(self, start: Any) -> dict[str, nn.Module]:
         return {

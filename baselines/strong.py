@@ -14,9 +14,11 @@ from torch import Generator, Tensor
 
 from medmix import add_noise, cut, lesions, medmix, paste, squares, start
 
-TILES = (  # class n of `permutation`: which of the 2 x 2 tiles comes where; 0..3 as in CSI
+# Class n of `permutation`: which of the 2 x 2 tiles comes where; 0..3 as in CSI. None is another
+# one mirrored, since weak views are.
+TILES = (
     (0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0),
-    (1, 2, 3, 0), (3, 0, 1, 2), (2, 0, 3, 1), (1, 3, 0, 2),
+    (2, 3, 1, 0), (3, 2, 0, 1), (1, 2, 3, 0), (2, 0, 3, 1),
 )  # fmt: skip
 
 

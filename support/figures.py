@@ -1,4 +1,4 @@
-"""Grids, heat maps, outlines and charts, drawn with pillow: Fig. 3-7 of the paper.   [P:§4.6]
+"""Grids, heat maps, outlines and charts, drawn with pillow: Fig. 3-7 of the paper.   [P:§4.6-4.7]
 
 N images, S pixels a side. Images are (3, S, S) or (S, S, 3) uint8 or PIL's, heat maps (S, S).
 """

@@ -112,7 +112,7 @@ class Config:
     encoder: str = _option("", "use the encoders of this other run instead of training")
     init: str = _option("auto", "auto (phantoms: random), imagenet, random or FILE")  # [P!§4.2 R14]
     epochs: int = _option(2000, "passes over the images", 1, 10**6)  # [P!§4.2 R15]
-    batch_size: int = _option(32, "images, with 2 |A| views of each", 2, 2**16)  # [P:§4.2]
+    batch_size: int = _option(32, "images, with 2 |A| views of each", 2, 2**16)  # [P!§4.2 R15]
     lr: float = _option(0.01, "learning rate at the start", TINY, RATE)  # [P:§4.2]
     lr_end: float = _option(1e-5, "learning rate at the end", TINY, RATE)  # [P!§4.2 R15]
     local_lr: float = _option(  # [P!§4.2 R15]

@@ -1,4 +1,4 @@
-"""results.json and results.md, scores.csv, and the figures that the paper prints.   [P:§4.4-4.6]
+"""results.json and results.md, scores.csv, and the figures that the paper prints.   [P:§4.4-4.7]
 
 A row of results.json is what eval.protocol returns for one detector.
 """
@@ -95,17 +95,16 @@ def measured(results: Mapping[str, Any]) -> dict[str, Any]:
 def papers_name(dataset: Dataset) -> str:
     """The name that Tables 1-7 have for these images, or "" if they are none of the paper's.
 
-    Hyper-Kvasir is the paper's archive, or the site's images, of which the archive is a subset: it
-    is recognised by the layout. The others, and copies in another layout, are recognised by their
-    folder's name: Hyper-Kvasir, LAG, Liu or Covid-X, in any case and with any _ or -.
+    They are recognised by their folder's name: Hyper-Kvasir, LAG, Liu or Covid-X, in any case and
+    with any _ or -. In a folder of another name the layout of the paper's archive, or that of the
+    site's images, of which it is a subset, is Hyper-Kvasir's.
     """
     words = re.findall("[a-z]+", dataset.root.name.lower())
-    if dataset.layout.lower().replace("-", "").startswith("hyperkvasir"):
-        return "Hyper-Kvasir"
     for name, letters in PAPERS_SETS.items():
         if letters in words or (len(letters) > 3 and letters in "".join(words)):
             return name
-    return ""
+    archive = dataset.layout.lower().replace("-", "").startswith("hyperkvasir")
+    return "Hyper-Kvasir" if archive else ""
 
 
 def origin(dataset: Dataset, seed: int, paper_protocol: bool) -> dict[str, Any]:

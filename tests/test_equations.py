@@ -30,7 +30,7 @@ def test_a_block_has_formula_function_test_and_the_rows_of_the_tags(mark):
     block, number = BLOCKS[mark], int(re.findall(r"\d+", mark)[0])
     formula = re.search(r"^```math\n(.+)\n\\tag", block, re.MULTILINE)[1]
     lines = (ROOT / "README.md").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(f"- `[P:({number})]`"))
+    line = next(line for line in lines if re.match(rf"- `\[P[:!]\({number}\)", line))
     assert f"$`{formula}`$" in line  # the README's
     function, test = re.findall(r"\[`([\w.]+)`\]\(", line)
     assert f"[`{function}`](../" in block and f"\ndef {function.split('.')[-1]}(" in block

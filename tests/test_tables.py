@@ -100,6 +100,7 @@ def test_the_papers_row_is_that_of_the_images_the_pre_training_and_the_detector(
         ("MVTec", "colon_kvasir_patch", ""),
         ("MVTec", "LAG", "LAG"),
         ("BMAD", "lag_256", "LAG"),
+        ("Hyper-Kvasir archive", "lag", "LAG"),  # its authors' code has the same folders
         ("MVTec", "flags", ""),
         ("MVTec", "covid-x", "Covid-X"),
         ("MVTec", "COVIDx_CXR", "Covid-X"),
@@ -108,7 +109,7 @@ def test_the_papers_row_is_that_of_the_images_the_pre_training_and_the_detector(
         ("MVTec", "liuhe", ""),
     ],
 )
-def test_the_papers_images_are_told_by_their_layout_or_folder(layout, folder, name):
+def test_the_papers_images_are_told_by_their_folder_or_layout(layout, folder, name):
     assert tables.papers_name(Dataset(layout, Path("/x", folder), (), ())) == name
     assert not name or name in {source for source, _, _ in tables.PRINTED.values()}
 
