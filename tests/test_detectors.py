@@ -184,6 +184,14 @@ def test_streamed_moments_are_those_of_all_the_data_at_once(case):
     assert_within(scatter, want, 2 * count * (largest * scale + 16 * U32 * scale**2))
 
 
+def test_the_sums_of_the_moments_are_float64():
+    """In float32 what the last batches of a large set add to the sums would be lost."""
+    pair = torch.tensor([1.0, -1.0])[:, None, None]
+    count, mean, scatter = moments([1e4 * pair, *(2 * pair for _ in range(64))])
+    assert (count, mean.dtype, mean.item()) == (130, torch.float64, 0)
+    assert scatter.item() == 2e8 + 64 * 8
+
+
 @given(st.integers(1, 12), st.integers(2, 30), st.integers(0, 2**31 - 1))
 def test_whitening_inverts_the_covariance(d, n, seed):
     x = torch.randn(n, 3, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -269,12 +277,13 @@ def test_the_same_seed_gives_the_same_detector_and_the_network_is_a_copy(backbon
 
 def test_a_saved_detector_scores_bit_for_bit_the_same(backbone, tmp_path):
     test, path = images(3, seed=1), tmp_path / "detector.pt"
-    detector = PaDiM(backbone, channels=17, sigma=3.0, seed=5).fit(images(6))
+    detector = PaDiM(backbone, channels=17, eps=0.2, sigma=3.0, seed=5).fit(images(6))
     detector.save(path)
     state = torch.load(path, map_location=DEVICE, weights_only=True)
     assert state["kind"] == "padim"
     loaded = PaDiM.of(state, DEVICE)
     assert torch.equal(loaded.whitening, detector.whitening)
+    assert (loaded.eps, loaded.sigma, loaded.size) == (0.2, 3.0, 32)
     for a, b in zip(loaded.score(test), detector.score(test), strict=True):
         assert torch.equal(a, b)
 

@@ -68,6 +68,11 @@ def test_start_weights_depend_on_the_generator_alone():
     one, same, other = (ResNet18(generator(s)).state_dict() for s in (1, 1, 2))
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
+    states = []
+    for noise in (5, 6):  # the caller's draws change nothing, in no head
+        torch.manual_seed(noise)
+        states.append(Encoder(generator=generator(1)).state_dict())
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
 def test_unit_features_have_length_one_and_raw_ones_do_not():
@@ -148,3 +153,12 @@ def test_the_encoder_is_its_backbone_and_two_linear_layers():
     assert (encoder.features, encoder.aug_head) == ("unit", "backbone")  # R20, R17
     got = encoder.position_logits(z[:1], z[1:])
     torch.testing.assert_close(got, encoder.f_gamma(z[:1] - z[1:]))
+
+
+def test_batch_norms_are_torchvisions():
+    """ImageNet's weights expect its eps; the momentum decides what a training's averages are."""
+    norms = [part for part in ResNet18().modules() if isinstance(part, nn.BatchNorm2d)]
+    assert len(norms) == 20
+    assert {(n.eps, n.momentum, n.affine, n.track_running_stats) for n in norms} == {
+        (1e-5, 0.1, True, True)
+    }

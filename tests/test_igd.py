@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, Block, Z, critic, critic_loss, gaussian, interpolate, widths
-from encoder import POOLED, ResNet18, seeded
+from encoder import POOLED, ResNet18, normalise, seeded
 from igd import (
     IGD,
     Training,
@@ -160,13 +160,20 @@ def test_interpolation_and_critic_agree_with_loops():
 @pytest.mark.parametrize(("size", "blocks"), [(32, 3), (64, 4), (128, 5), (256, 6), (96, 4)])
 def test_decoder_and_critic_follow_the_image_size(size, blocks):
     side, channels = widths(size, 4)
-    assert len(channels) == blocks + 1 and side << blocks == size and max(channels) <= 32
+    assert len(channels) == blocks + 1 and side << blocks == size
+    assert channels == [min(4 * 2**k, 32) for k in range(blocks + 1)]
     gen = torch.Generator().manual_seed(0)
     model = AutoEncoder(Small(), size, 1, gen)  # type: ignore[arg-type]
     y = model.decode(torch.randn(2, Z, generator=gen))
     assert y.shape == (2, 3, size, size) and 0 <= y.min() and y.max() <= 1
     d = critic(size, 1, gen)(y)
     assert d.shape == (2,) and d.isfinite().all()
+
+
+def test_f_theta_sees_normalised_images_as_in_the_pre_training():
+    model = AutoEncoder(Small(), 32, 1, generator()).eval()  # type: ignore[arg-type]
+    x = torch.rand(2, 3, 32, 32, generator=generator(1))
+    torch.testing.assert_close(model.encode(x), model.linear(model.backbone.pooled(normalise(x))))
 
 
 @given(st.sampled_from([8, 16, 32]), st.integers(0, 4), st.integers(1, 3))
