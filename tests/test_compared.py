@@ -324,9 +324,10 @@ def test_a_reconstruction_is_headed_by_the_class_of_its_image(tmp_path, monkeypa
 
 
 def test_the_epochs_of_a_run_hold_for_both_trainings_of_fanogan_and_its_rate_for_one(tmp_path):
-    given = {"preset": "quick", "image_size": 32, "seed": 0, "device": "cpu", "detector_lr": 0.002}
+    given = {"preset": "quick", "image_size": 32, "seed": 3, "device": "cpu", "detector_lr": 0.002}
     detector = fit("fanogan", nn.Identity(), images(4), given | {"detector_epochs": 1}, tmp_path)
     assert (detector.epochs, detector.encoder_epochs) == (1, 1) and detector.ready
+    assert (detector.seed, detector.image_size) == (3, 32)  # of the run
     assert (detector.lr, detector.encoder_lr) == (0.002, COMPARED["fanogan"].quick["encoder_lr"])
 
 

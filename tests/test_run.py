@@ -26,8 +26,8 @@ from PIL import Image
 import eval as evaluation
 import pmsacl
 from detectors import PaDiM
-from encoder import ResNet18, seeded
-from support import job, layouts, options, run
+from encoder import Encoder, ResNet18, seeded
+from support import dryrun, job, layouts, options, phantom, run
 from support.versions import versions
 
 
@@ -300,6 +300,75 @@ def test_random_trains_nothing_and_its_detector_is_the_untrained_one(phantoms, t
     results = json.loads((folder / "results.json").read_text())
     assert {"seed": 3, "paper_protocol": True}.items() <= results["padim"]["data"].items()
     assert results["padim"]["image_auroc"] == results["untrained"]["image_auroc"]
+
+
+def test_a_run_shows_all_its_deep_images_in_one_range(tmp_path, monkeypatch):
+    """One that holds training and test images, whose seed draws them; config.json keeps it."""
+    for folder, value in (("train/good", 200), ("test/good", 300), ("test/polyp", 4000)):
+        for k in range(2):
+            (tmp_path / "set" / folder).mkdir(parents=True, exist_ok=True)
+            deep = np.full((40, 40), value + k, np.uint16)
+            Image.fromarray(deep).save(tmp_path / f"set/{folder}/{k}.png")
+    seeds, discover = [], layouts.discover
+
+    def noted(root, *, seed=None):
+        seeds.append(seed)
+        return discover(root, seed=seed)
+
+    monkeypatch.setattr(layouts, "discover", noted)
+    config = options.make_config(
+        {"data": str(tmp_path / "set"), "seed": 3, "init": "random", "image_size": 32}
+    )
+    (tmp_path / "run").mkdir()
+    images = job.prepare(config, tmp_path / "run")
+    assert seeds == [3]
+    shown = [x[0, 0, 0] for x in (*images.train, *images.test)]
+    assert shown == [round(255 * v / 4095) for v in (200, 201, 300, 301, 4000, 4001)]
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["values_shown"] == [0, 4095]
+
+
+def test_each_model_of_igd_begins_with_the_encoder_of_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "train", lambda *_: None)
+    encoders = [Encoder(generator=seeded(k)) for k in range(2)]
+    given = {"data": "x", "init": "random", "image_size": 64, "local": "yes", "detector": "igd"}
+    config = options.make_config(given | {"igd_width": 2, "device": "cpu"})
+    images = SimpleNamespace(pixels=np.zeros((2, 3, 64, 64), np.uint8))
+    igd = job.fit_igd(encoders[0], encoders[1], images, config, tmp_path)
+    assert list(igd.models) == ["global", "local"]
+    for model, encoder in zip(igd.models.values(), encoders, strict=True):
+        assert torch.equal(model.backbone.conv1.weight, encoder.backbone.conv1.weight)
+    assert list(job.fit_igd(encoders[0], None, images, config, tmp_path).models) == ["global"]
+
+
+def test_the_plan_and_the_dry_run_count_each_class(tmp_path, monkeypatch, capsys):
+    phantom.draw(tmp_path / "set", train=5, good=3, abnormal=4, size=32)
+    config = options.make_config({"data": str(tmp_path / "set"), "init": "random", "device": "cpu"})
+    monkeypatch.setattr(dryrun, "_trainings", lambda *_: ())
+    dryrun.dry_run(config, tmp_path / "run")
+    counts = "5 healthy training images, {}3 normal and 4 abnormal test images, 4 masks"
+    assert counts.format("") in capsys.readouterr().out
+    images = SimpleNamespace(dataset=layouts.discover(tmp_path / "set"), healthy=())
+    held = "0 healthy ones held out (--healthy-share), "
+    assert counts.format(held) in job.plan(config, images, tmp_path / "run")
+
+
+def test_fake_lesions_are_looked_for_with_the_encoder_and_with_the_untrained_network(monkeypatch):
+    seen = []
+
+    def found(backbone, images, *, seed):
+        seen.append((backbone.conv1.weight, images, seed))
+        return {"image_auroc": 0.9 - 0.1 * len(seen), "aupro": 0.5}
+
+    monkeypatch.setattr(job, "fake_lesions", found)
+    config = options.make_config({"data": "x", "init": "random", "seed": 3, "device": "cpu"})
+    encoder, images = Encoder(generator=seeded(9)), SimpleNamespace(pixels="pixels")
+    fakes = job.watch_fake_lesions(encoder, images, config)
+    weights, pixels, seeds = zip(*seen, strict=True)
+    assert pixels == ("pixels", "pixels") and seeds == (3, 3)
+    assert torch.equal(weights[0], encoder.backbone.conv1.weight)
+    assert torch.equal(weights[1], ResNet18(seeded(3, 2)).conv1.weight)
+    assert fakes["image_auroc"] == 0.8 and fakes["untrained"]["image_auroc"] == 0.7
 
 
 # --- mistakes ----------------------------------------------------------------------------------
