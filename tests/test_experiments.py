@@ -14,7 +14,7 @@ from support import layouts, phantom, sheets, tables
 from support.cache import digest
 from support.compared import COMPARED
 from support.options import PRESETS, Config, make_config
-from support.rows import ROWS, read_sweep, rows_of, with_more
+from support.rows import ROWS, Row, read_sweep, rows_of, with_more
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -114,6 +114,8 @@ def test_further_options_of_single_rows_come_from_a_file(tmp_path):
     assert rows["DAE"].detector_epochs == 7 and rows["OCGAN"].detector_epochs == 0
     assert rows["CCD - IGD"].igd_epochs == 3 != rows["PMSACL - IGD"].igd_epochs
     assert with_more(ROWS["table 9"], {}) == ROWS["table 9"]
+    [row] = rows_of("s", with_more({"a": "--alpha 3"}, {"a": "--alpha 4"}), {"data": "x"}, 1)
+    assert row.configs[0].alpha == 4  # the single row's options win
 
 
 def test_a_table_shows_the_papers_detector_unless_told():
@@ -122,6 +124,7 @@ def test_a_table_shows_the_papers_detector_unless_told():
         return row.configs[0].detector, row.detector
 
     assert shown("figure 7") == ("padim", "padim") and shown("figure 6") == ("igd", "igd")
+    assert shown("table 9") == ("padim", "padim") and shown("table 10") == ("igd", "igd")
     assert shown("figure 6", detector="padim") == ("padim", "padim")
     assert shown("figure 6", detector="both") == ("both", "igd")
     assert shown("figure 7", detector="both") == ("both", "padim")
@@ -132,6 +135,26 @@ def test_options_of_a_row_win_over_those_of_all():
     rows = rows_of("table 9", ROWS["table 9"], {"init": "random"}, 1)
     by_name = {row.name: row.configs[0] for row in rows}
     assert by_name["ImageNet"].init == "imagenet" and by_name["CSI"].init == "random"
+
+
+def test_the_rows_of_table_9_and_figure_7_are_what_they_are_called_whatever_all_rows_have():
+    common = {"data": "x", "init": "random", "strong": "cutout", "classes": 5}
+    rows = rows_of("table 9", ROWS["table 9"], common, 1)
+    got = {row.name: (row.configs[0].strong, row.configs[0].classes) for row in rows}
+    assert got["SimCLR"][1] == 1 and got["PMSACL"] == got["SupCon"] == ("cutout", 5)
+    assert got["Rot-Net"] == got["CSI"] == got["DROC"] == ("rotation", 5)
+    assert got["CCD"] == ("permutation", 5)
+    rows = rows_of("figure 7", ROWS["figure 7"], common, 1)
+    assert {row.name: row.configs[0].classes for row in rows if row.configs} == {
+        f"|A| = {k}": k for k in range(1, 9)
+    }
+
+
+def test_all_healthy_images_train_in_a_table_unless_told_otherwise():
+    def share(**given):
+        return rows_of("table 9", {"PMSACL": ""}, {"data": "x"} | given, 1)[0].configs[0]
+
+    assert share().healthy_share == 0 and share(healthy_share=0.2).healthy_share == 0.2
 
 
 def test_an_impossible_row_is_named_before_anything_runs():
@@ -168,6 +191,22 @@ def test_runs_are_found_again_by_their_settings(tmp_path):
     assert experiments.folder_of(config(detector="igd", igd_epochs=3), tmp_path) != igd
 
 
+def test_a_run_without_pre_training_is_reused_for_the_same_start_and_the_same_detectors(tmp_path):
+    def folder(**changes):
+        return experiments.folder_of(config(method="none", **changes), tmp_path)
+
+    assert folder() == folder(alpha=3.0, epochs=7, strong="rotation")  # what pre-trains
+    for changes in ({"init": "/w/a.pt"}, {"healthy_share": 0.3}, {"encoder": "/runs/a"}):
+        assert folder() != folder(**changes), changes
+    assert folder(init="/w/a.pt") != folder(init="/w/b.pt")
+    quick = {name: getattr(config(), name) for name in PRESETS["quick"]}
+    assert folder(preset="quick", **quick, detector_epochs=3) == folder()  # PaDiM has none of them
+    dae = folder(detector="dae")
+    for changes in ({"detector_epochs": 3}, {"detector_lr": 0.1}, {"denoise": 0.1}):
+        assert folder(detector="dae", **changes) != dae, changes
+    assert folder(detector="dae", preset="quick", **quick) != dae  # it has settings of its own
+
+
 def test_a_run_with_other_images_is_not_shown_as_one_with_these(images, tmp_path):
     this = make_config({"data": str(images), "preset": "quick", "image_size": 32, "init": "random"})
     experiments.check_images(this, tmp_path)  # nothing has been run
@@ -190,6 +229,16 @@ def test_means_and_deviations_are_over_the_seeds(tmp_path):
     assert mean == pytest.approx(0.7) and sd == pytest.approx(0.1)
     assert row.value("pretext")[0] == 0.75 and row.value("spread")[0] == pytest.approx(0.03)
     assert row.value("minutes")[0] == 1.5 and row.value("aupro") is None
+
+
+def test_a_row_has_the_minutes_of_its_detector_and_the_auroc_of_fake_lesions(tmp_path):
+    folder = finished(tmp_path, config(), 0.5)
+    results = json.loads((folder / "results.json").read_text())
+    seconds = {"pretrain": 60.0, "padim": 30.0, "igd": 600.0, "dae": 600.0, "evaluate": 30.0}
+    results |= {"seconds": seconds, "fake_lesions": {"image_auroc": 0.7, "aupro": 0.2}}
+    (folder / "results.json").write_text(json.dumps(results))
+    result = experiments.result_of(config(), "padim", tmp_path)
+    assert (result["minutes"], result["fake_lesions"]) == (2, 0.7)
 
 
 @pytest.mark.parametrize("names", [("base", "raw"), ("raw", "base"), ("first", "other")])
@@ -234,6 +283,14 @@ def test_tables_of_two_data_sets_do_not_overwrite_each_other(tmp_path):
     assert len(list(tmp_path.glob("*.md"))) == 2
 
 
+def test_tables_whose_rows_have_other_options_do_not_overwrite_each_other(tmp_path):
+    """--rows changes single rows of a table."""
+    for more in ({}, {"PMSACL": "--alpha 3"}):
+        rows = rows_of("table 9", with_more(ROWS["table 9"], more), {"data": "x"}, 1)
+        sheets.write("table 9", rows, {"data": "x"}, "x", tmp_path)
+    assert len(list(tmp_path.glob("table9-x-*.md"))) == 2
+
+
 def test_the_time_left_is_that_of_the_finished_runs(tmp_path):
     rows = rows_of("s", {"a": "", "b": "--alpha 3", "c": "--alpha 4"}, vars(config()), 2)
     assert experiments.time_left(rows, tmp_path) == ""
@@ -261,9 +318,12 @@ def test_trivial_baselines_are_the_last_row_and_not_of_tables_of_localisation(tm
         results = json.loads((folder / "results.json").read_text())
         trivial = {"image_auroc": auroc, "image_auroc_interval": [auroc - 0.1, auroc + 0.1]}
         trivial |= {"accuracy": 0.7, "baseline": ("darker images", "larger files")[seed]}
+        trivial |= {"specificity": 0.4, "sensitivity": 0.8}
         (folder / "results.json").write_text(json.dumps(results | {"trivial": trivial}))
     *_, last = done = experiments.filled(rows, tmp_path)
     assert last.name == "trivial" and last.value("image_auroc")[0] == pytest.approx(0.65)
+    rates = [last.value(name)[0] for name in ("specificity", "sensitivity", "accuracy")]
+    assert rates == pytest.approx([0.4, 0.8, 0.7])
     text = sheets.markdown("s", "t", done)
     assert "| trivial | 2 | 0.650 ± 0.071 | 0.550 to 0.750 |" in text
     assert "without a network: darker images, or larger files" in text
@@ -344,6 +404,64 @@ def test_the_papers_figure_stands_beside_ours(tmp_path):
     head = lines[2].split(" | ")
     assert head[1:4] == ["seeds", "AUC", "paper: AUC"]
     assert lines[4].startswith("| PMSACL | 1 | 0.612 | 0.996 |")
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        (
+            "table 1",
+            {"AUC": "0.910", "95% interval": "0.800 to 0.950", "Specificity": "0.700",
+             "Sensitivity": "0.600", "Accuracy": "0.650"},
+        ),
+        (
+            "table 6",
+            {"IoU": "0.300", "Dice": "0.400", "Pro": "0.500", "AUPRO": "0.550",
+             "pixel AUROC": "0.930"},
+        ),
+        (
+            "table 9",
+            {"AUC": "0.910", "AUC of fake lesions": "0.750", "f_beta's accuracy": "0.850",
+             "spread of z": "0.040", "AUPRO": "0.550", "pixel AUROC": "0.930"},
+        ),
+    ],
+)  # fmt: skip
+def test_each_measure_stands_under_its_heading(name, want):
+    result = {
+        "image_auroc": 0.91, "interval_low": 0.8, "interval_high": 0.95, "specificity": 0.7,
+        "sensitivity": 0.6, "accuracy": 0.65, "iou": 0.3, "dice": 0.4, "pro": 0.5,
+        "pixel_auroc": 0.93, "aupro": 0.55, "fake_lesions": 0.75, "pretext": 0.85, "spread": 0.04,
+        "minutes": 2.0, "seed": 0,
+    }  # fmt: skip
+    row = Row("a", "", (config(),), "padim", {}, (result,))
+    lines = sheets.markdown(name, "t", [row]).splitlines()
+    heads, cells = ([cell.strip() for cell in lines[k].split("|")[1:-1]] for k in (2, 4))
+    table = dict(zip(heads, cells, strict=True))
+    assert want | {"minutes a run": "2.000", "seeds": "1"} == {
+        head: table[head] for head in (*want, "minutes a run", "seeds")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "values", "printed", "axis", "title"),
+    [
+        ("table 1", "AUC", [0.91], True, "image AUROC", "anomaly detection on x"),
+        ("table 6", "IoU", [0.3], True, "IoU", "anomaly localisation on x"),
+        ("table 5", "AUC", [0.91], False, "image AUROC", "PaDiM on x"),  # deviations
+    ],
+)
+def test_the_chart_of_a_table_shows_its_first_measure_beside_the_papers(
+    name, heading, values, printed, axis, title, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(sheets, "dot_chart", lambda *given, **more: seen.append((*given, more)))
+    monkeypatch.setattr(sheets, "png", lambda _: b"")
+    result = {"image_auroc": 0.91, "iou": 0.3, "dice": 0.4, "minutes": 2.0, "seed": 0}
+    row = Row("PMSACL", "", (config(),), "padim", {heading: 0.25}, (result,))
+    sheets.write(name, [row], {}, "x", tmp_path)
+    [(dots, diamonds, more)] = seen
+    assert dots == {"PMSACL": values} and more["axis"] == axis and title in more["title"]
+    assert diamonds == ({f"paper: {heading}": {"PMSACL": 0.25}} if printed else {})
 
 
 def test_table_5_shows_the_papers_deviations_as_rows():

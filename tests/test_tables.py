@@ -79,6 +79,9 @@ def test_the_papers_figure_stands_beside_ours_on_its_data_set_only():
         ("LAG", {"method": "pmsacl"}, "ocgan", []),  # not in Table 2
         ("LAG", {"method": "pmsacl"}, "panda", []),  # the paper's starts from no pre-training
         ("LAG", {"method": "none"}, "panda", ["Table 2: PANDA | 0.789"]),
+        ("liu", {"method": "pmsacl"}, "adgan", ["Table 3: ADGAN* | 0.730"]),
+        ("LAG", {"method": "pmsacl"}, "fanogan", ["Table 2: f-AnoGAN | 0.778"]),
+        ("LAG", {"method": "none"}, "cutpaste", ["Table 2: CutPaste | 0.745"]),
         ("LAG", {}, "padim", []),
         ("polyps", {"method": "pmsacl"}, "padim", []),
     ],
@@ -191,3 +194,29 @@ def test_scores_keep_columns_of_the_same_images_and_kinds_with_commas(tmp_path):
     assert (last["kind"], last["igd_score"], last["padim_score"]) == ("a, b", "0.8", "0.9")
     tables.write_scores(tmp_path, samples[::-1], new, rows, split, {})
     assert "igd_score" not in read_rows(tmp_path / "scores.csv")[0]
+
+
+def row_of(text: str, name: str, heading: str) -> dict[str, str]:
+    """Heading -> cell of a row, in the table of results.md that has this heading."""
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in cells] for cells in lines]
+    first = next(i for i, cells in enumerate(table) if heading in cells)
+    cells = next(cells for cells in table[first:] if cells[0] == name)
+    return dict(zip(table[first], cells, strict=True))
+
+
+def test_each_number_of_results_md_stands_under_its_heading():
+    kinds = {"flat": 0.123, "round": 0.987}
+    padim = ROW | {"image_auroc_mean_of_map": 0.456, "kinds": kinds}
+    text = tables.results_table({"padim": padim})
+    want = {"AUC": "0.900", "Specificity": "0.800", "Sensitivity": "0.700", "Accuracy": "0.750"}
+    assert row_of(text, "padim", "Accuracy") == {"": "padim"} | want
+    want = {"AUC": "0.900", "95% interval": "0.850 to 0.950", "over untrained": ""}
+    want |= {"mean of map": "0.456", "flat": "0.123", "round": "0.987"}
+    assert row_of(text, "padim", "mean of map") == {"": "padim"} | want
+    want = {"IoU": "0.400", "Dice": "0.500", "Pro": "0.600", "Pro, all": "0.650"}
+    assert row_of(text, "padim", "IoU") == {"": "padim"} | want | {"pixel AUROC": "0.950"}
+    assert (
+        "- padim: an image is abnormal at a score of 1.5 or more. A pixel: at 2 or more; the best "
+        "possible threshold, 2.1, gives IoU 0.410 and Dice 0.510."
+    ) in text
