@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from support import figures, layouts
 
@@ -85,6 +85,17 @@ def test_an_overlay_has_the_images_size_and_its_scale_beside_it(size):
     bar = pixels[:, size[0] + 6 : size[0] + 6 + figures.BAR]
     assert (bar[0] == figures.heat_colours(np.array(1.0))).all()
     assert (bar[-1] == figures.heat_colours(np.array(0.0))).all()
+
+
+def test_the_numbers_beside_an_overlay_stand_where_their_colours_are(monkeypatch):
+    written = {}
+
+    def text(self, at, words, *_, anchor):
+        written[words] = at[1]
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    figures._bar_of_colours.__wrapped__(100, 0.5, 2.5)
+    assert written == {"2.5": 0, "1.5": 50, "0.5": 100}  # bright above
 
 
 def test_what_is_found_in_an_image_judged_normal_is_dashed_and_not_tinted():

@@ -203,6 +203,82 @@ def test_each_roc_curve_is_of_its_detectors_own_measured_scores(tmp_path, monkey
         np.testing.assert_array_equal(np.stack(seen[0][name]), np.stack(want))
 
 
+def test_charts_and_counts_below_them_are_of_the_measured_images(tmp_path, monkeypatch):
+    points, groups = [], []
+    monkeypatch.setattr(
+        charts, "roc_chart", lambda _, point, text: points.append(point) or f"<p>{text}</p>"
+    )
+    monkeypatch.setattr(
+        charts, "histogram", lambda group, _, text: groups.append(group) or f"<p>{text}</p>"
+    )
+    threshold = run(tmp_path, padim=Detector(scores_of(0)))["padim"]["threshold"]
+    text = Page((tmp_path / "report.html").read_text()).text
+    s, labels = scores_of(0), np.arange(N) % 2 == 1
+    keep = ~evaluation.validation_split(labels, 0)
+    normal, abnormal = s[keep & ~labels], s[keep & labels]
+    found, passed = (abnormal >= threshold).sum(), (normal < threshold).sum()
+    assert (found, passed) == (6, 8)  # nor 4 and 2, the misses and the false alarms
+    a, b = len(abnormal), len(normal)
+    assert f"sensitivity {found} of {a} ({found / a:.3f}), specificity {passed} of {b} (" in text
+    assert points == [pytest.approx((1 - passed / b, found / a))]
+    assert f"sensitivity {found / a:.3f} and specificity {passed / b:.3f} at its" in text
+    assert {k: sorted(v) for k, v in groups[0].items()} == {
+        f"normal ({b})": sorted(normal), f"abnormal ({a})": sorted(abnormal),
+    }  # fmt: skip
+    medians = (charts.number(float(np.median(part))) for part in (normal, abnormal))
+    assert "median {} of the normal images, {} of the abnormal ones".format(*medians) in text
+
+
+def test_each_measure_of_the_page_stands_under_its_name():
+    row = {
+        "image_auroc": 0.91, "sensitivity": 0.6, "specificity": 0.7, "accuracy": 0.65, "iou": 0.3,
+        "image_auroc_mean_of_map": 0.81, "pixel_auroc": 0.93, "aupro": 0.55, "dice": 0.4,
+        "pro": 0.5, "notes": [], "threshold": 1.0,
+        "images": {"test_normal": 1, "test_abnormal": 2, "validation_normal": 3,
+                   "validation_abnormal": 4},
+    }  # fmt: skip
+    text = report._measures({"padim": row}, {"padim": row}).content
+    assert "Measured on 1 normal and 2 abnormal images; 3 and 4 set the thresholds." in text
+    heads, cells = (re.findall(rf"<{tag}[^>]*>([^<]*)</", text) for tag in ('th scope="col"', "td"))
+    assert dict(zip(heads[1:], cells, strict=True)) == {
+        "AUROC": "0.910", "Sensitivity": "0.600", "Specificity": "0.700", "Accuracy": "0.650",
+        "AUROC of the map's mean": "0.810", "pixel AUROC": "0.930", "AUPRO": "0.550",
+        "IoU": "0.300", "Dice": "0.400", "Pro": "0.500",
+    }  # fmt: skip
+
+
+def test_what_was_run_tells_how_many_images_of_each_class_there_are():
+    samples = [layouts.Sample(Path(f"{k}.png"), int(k > 2), "x") for k in range(9)]
+    dataset = layouts.Dataset("MVTec", Path("/set"), (Path("a.png"),) * 5, tuple(samples))
+    text = report._what(dataset, {}, {"data": "/set"}, own=True).content
+    assert "5 healthy images" in text and "3 normal and 6 abnormal images, 0 masks" in text
+
+
+@pytest.mark.parametrize(
+    ("log", "column", "title", "name"),
+    [
+        ("log.csv", "spread", "pre-training", "spread of the features"),
+        ("log_local.csv", "distance", "pre-training on patches", "distance of the class means"),
+        ("log_igd_global.csv", "fake_aupro", "IGD's global model", "AUPRO, fake lesions"),
+        ("log_igd_local.csv", "pmsacl", "IGD's local model", "l_PMSACL, eq. 4"),
+    ],
+)
+def test_each_log_and_each_of_its_columns_has_its_title(log, column, title, name, tmp_path):
+    (tmp_path / log).write_text(f"epoch,{column}\n1,0.5\n2,0.25\n")
+    dataset = layouts.Dataset("one folder", tmp_path, (Path("a.png"),), ())
+    report.write_report(tmp_path, dataset, {})
+    texts = Page((tmp_path / "report.html").read_text()).texts
+    assert [text for text in texts if text in report.LOGS.values()] == [title]
+    assert name in texts and f"{name} from 0.5 to 0.25 over 2 rows of the log" in texts
+
+
+def test_the_images_of_the_papers_protocol_are_all_shown():
+    validation = np.arange(6) < 2
+    for protocol, want in ((True, [True] * 6), (False, (~validation).tolist())):
+        row = {"data": {"paper_protocol": protocol}}
+        assert cards.measured_images(row, validation).tolist() == want
+
+
 def test_cards_have_image_heat_map_and_outline_and_say_what_they_show(two):
     _, _, page = two
     alts = [a["alt"] for a in page.all("img")]
@@ -338,13 +414,18 @@ def test_equal_scores_can_be_drawn():
 
 def test_the_slider_gets_every_score_or_even_ranks_of_too_many():
     scores, labels = np.float32(np.arange(7) / 3), np.arange(7) % 2 == 1
-    data = recounted(scores, labels, scores[3])
+    data = recounted(scores, labels, scores[5])
     assert np.float32(data["normal"]).tolist() == scores[~labels].tolist()
-    assert data["threshold"] == data["abnormal"][1]  # equal as written, so >= holds
+    assert data["threshold"] == data["abnormal"][2]  # equal as written, so >= holds
+    shown = cards.card_html(cards.Card("a", float(scores[5]), 1, "", "", {}), float(scores[5]))
+    assert f'data-score="{data["threshold"]:.9g}"' in shown  # the script judges by it
+    controls = slider("padim", float(scores[5]), scores)
+    assert controls.count(f' value="{data["threshold"]:.9g}"') == 2
     many = recounted(np.arange(3.0 * SCORES), np.zeros(3 * SCORES, bool), None)
     assert len(many["normal"]) == SCORES and not many["abnormal"]
     assert (many["normal"][0], many["normal"][-1]) == (0, 3 * SCORES - 1)
-    assert not recounted(scores, None, 1.0)["labelled"]
+    new = recounted(scores, None, 1.0)
+    assert not new["labelled"] and (len(new["normal"]), len(new["abnormal"])) == (0, 7)
     assert 'min="1" max="5" value="5"' in slider("padim", 5.0, np.array([1.0, 2.0]))  # reachable
 
 
@@ -392,8 +473,35 @@ def test_new_images_have_verdicts_where_there_is_a_threshold(tmp_path):
     assert "5 of 10 (0.500) judged abnormal" in page.text
     assert new.judges["padim"].words(5.0)["verdict"] == "abnormal"  # at the threshold or above
     assert "62% of 8 held-out healthy images lie below it" in page.text
+    for score, card in zip(range(9, -1, -1), new.cards("padim"), strict=True):
+        assert card.facts == f"above {12.5 * min(score, 8):.1f}% of healthy images"
     assert "above 87.5% of healthy images" in page.text
+    assert "padim: scores from 0 to 9, median 4.5" in page.text
     assert "no threshold" in page.text.split("Detector: igd")[-1]
+
+
+def test_new_images_stand_beside_the_healthy_ones_in_the_histogram(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(charts, "histogram", lambda groups, *_: seen.append(groups) or "")
+    new = new_images(10)
+    write_score_report(tmp_path, new)
+    for groups, healthy_scores in zip(seen, (KEPT_OUT.scores.tolist(), None), strict=True):
+        want = {"new images (10)": list(range(10))}
+        want |= {} if healthy_scores is None else {"healthy (8)": healthy_scores}
+        assert {name: sorted(scores) for name, scores in groups.items()} == want
+
+
+def test_the_axes_and_the_colour_scale_are_named_at_their_ends():
+    roc = charts.roc_chart({"padim": (np.array([0, 1]), np.array([0, 1]))}, (0.5, 0.5), "t")
+    bars = charts.histogram({"normal": np.arange(3.0)}, 1.0, "t")
+    for svg, across, upwards in (
+        (roc, "false alarms: 1 - specificity", "sensitivity"),
+        (bars, "score: higher is more abnormal", "share of the images"),
+    ):
+        assert re.search(r"rotate\(-90[^>]*>([^<]*)<", svg)[1] == upwards
+        assert f">{across}<" in svg
+    html = cards.cards_html(cards.Gallery([], (0.25, 4.0)), 1.0, "All.")
+    assert re.search(r"Heat maps: 0.25 <span[^>]*></span> 4[.]<", html)
 
 
 def test_of_many_new_images_both_ends_are_kept():
@@ -553,8 +661,8 @@ def test_a_card_outlines_prediction_and_truth_and_says_where_it_is_brightest(mon
     maps, images = corners(), np.zeros((4, 3, 32, 32), np.uint8)
     masks = maps[::-1] > 0
     samples = [layouts.Sample(Path(f"{k}.png"), k % 2, "kind") for k in range(4)]
-    row = {"threshold": 0.5, "map_scale": (0.0, 1.0), "pixel_threshold": 0.5}
-    outlined = []
+    row = {"threshold": 0.5, "map_scale": (0.0, 1.0), "pixel_threshold": 1.0}
+    outlined = []  # a pixel at the threshold is predicted, too
 
     def outline(image, mask, colour, side):
         outlined.append((colour, mask))

@@ -120,6 +120,12 @@ def test_the_runs_own_threshold_goes_before_that_of_healthy_images(run, new, cap
         assert np.asarray(overlay)[15, 20, 2] > 60  # 0.2 is violet on the run's scale, 0 to 1
 
 
+def test_a_score_is_written_with_the_digits_that_its_verdict_depends_on():
+    score = float(np.float32(0.7654321))
+    assert np.float32(score_files._cell(score)) == np.float32(0.7654321)
+    assert [score_files._cell(value) for value in (None, "normal", 0.5)] == ["", "normal", "0.5"]
+
+
 def test_deep_new_images_are_shown_in_the_window_of_the_run(run, tmp_path):
     config = {"image_size": 32, "seed": 0, "data": "", "values_shown": [0, 1000]}
     (run / "config.json").write_text(json.dumps(config))
