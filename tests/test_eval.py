@@ -114,6 +114,11 @@ def test_images_without_a_mask_are_left_out_of_the_pixel_measures():
     assert "aupro" not in evaluation.protocol(scores, labels, maps, None, None, seed=0)
 
 
+def test_there_are_the_papers_five_groups_of_a_hundred():
+    assert (evaluation.VALIDATION, evaluation.GROUPS, evaluation.GROUP_SIZE) == (50, 5, 100)
+    assert [len(group) for group in evaluation.abnormal_groups(np.arange(950), 0)] == [100] * 5
+
+
 def test_groups_of_abnormal_images(monkeypatch):
     for name, size in (("GROUPS", 5), ("GROUP_SIZE", 10)):
         monkeypatch.setattr(evaluation, name, size)
@@ -416,6 +421,7 @@ def test_what_evaluate_adds_is_measured_on_the_test_images(tmp_path, monkeypatch
     test = ~evaluation.validation_split(labels, 3) | paper
     mean = measures.auroc(maps.mean(axis=(1, 2))[test], labels[test])
     assert row["padim"]["image_auroc_mean_of_map"] == mean
+    assert row["padim"]["map_scale"] == figures.map_scale(maps, labels) != figures.map_scale(maps)
     want = measures.confusion(scores[test], labels[test], 0.98)
     assert {k: row["healthy"]["padim"][k] for k in want} == want
     [drawn] = bootstrapped_aurocs([scores[test]], labels[test], 3)
