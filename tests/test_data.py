@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from support import data, healthy, layouts
+from support import data, depth, healthy, layouts
 from support.cache import digest
 
 S = 32
@@ -116,6 +116,15 @@ def test_non_square_is_squeezed_with_antialiasing(tmp_path):
     Image.fromarray(stripes).save(tmp_path / "a.png")
     inner = data.read_image(tmp_path / "a.png", S)[:, 2:-2, 2:-2].astype(int)
     assert np.abs(inner - 127).max() <= 4
+
+
+def test_an_edge_is_enlarged_bilinearly(tmp_path):
+    """Another filter would change every image, and overshoot beside an edge."""
+    edge = np.zeros((S, S), np.uint8)
+    edge[:, S // 2 :] = 200
+    Image.fromarray(edge).save(tmp_path / "a.png")
+    row = data.read_image(tmp_path / "a.png", 2 * S)[0, 7]
+    assert row.tolist() == [0] * (S - 1) + [50, 150] + [200] * (S - 1)
 
 
 def test_small_files_are_enlarged_and_tiny_ones_refused(tmp_path):
@@ -385,6 +394,34 @@ def test_a_mask_may_be_of_one_colour(tmp_path):
 def test_nan_is_shown_black(tmp_path):
     Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(tmp_path / "a.tif")
     assert not data.read_image(tmp_path / "a.tif", S, (-100.0, 300.0)).any()
+
+
+def test_infinite_values_are_shown_white_and_black(tmp_path):
+    values = np.full((32, 32), np.inf, np.float32)
+    values[16:] = -np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    image = data.read_image(tmp_path / "a.tif", S, (-100.0, 300.0))
+    assert (image[:, :16] == 255).all() and not image[:, 16:].any()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        (((np.uint16, 200), (np.uint16, 4000)), (0, 4095)),
+        (((np.float32, 0.5), (np.float32, 0.9)), (0, 1)),
+        (((np.float32, 0.5), (np.uint16, 1)), (0, 1)),  # floats among them: values are shares
+        (((np.uint16, 1), (np.uint16, 1)), (0, 255)),
+        (((np.float32, 3), (np.float32, 3000)), (0, 4095)),
+        (((np.float32, 3), (np.float32, 200)), (0, 255)),
+        (((np.float32, 3), (np.float32, 1e6)), (0, 1e6)),
+    ],
+)
+def test_the_range_of_a_set_holds_all_its_images_in_any_order(order, values, window, tmp_path):
+    paths = [tmp_path / f"{k}.tif" for k in range(len(values))]
+    for path, (kind, value) in zip(paths, values, strict=True):
+        Image.fromarray(np.full((40, 40), value, kind)).save(path)
+    assert depth.window_of_set(paths[::order], "") == window
 
 
 @pytest.mark.parametrize("changed", ["time", "size"])

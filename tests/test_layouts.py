@@ -55,6 +55,15 @@ def test_bmad(tmp_path, level, name):
     }
 
 
+def test_healthy_images_in_folders_of_patients_train(tmp_path):
+    for name in ("a/1.png", "b/1.png", "2.png"):
+        picture(tmp_path / "train/good" / name)
+    dataset = layouts.discover(tmp_path)
+    assert [str(p.relative_to(tmp_path / "train/good")) for p in dataset.train] == [
+        "2.png", "a/1.png", "b/1.png",
+    ]  # fmt: skip
+
+
 def test_bmad_without_test_reads_valid(tmp_path):
     picture(tmp_path / "train/good/a.png")
     picture(tmp_path / "valid/good/img/g.png")
@@ -84,11 +93,33 @@ def test_a_folder_is_counted_against_the_papers_data_sets(tmp_path, capsys, monk
     assert lines[0] == f"{tmp_path}: Hyper-Kvasir archive"
     assert lines[2].split() == ["here", "3", "1", "2", "1"]
     assert lines[3].split() == ["Hyper-Kvasir", "1,600", "500", "1,000", "1,000"]
+    assert [line.split() for line in lines[4:7]] == [
+        ["LAG", "2,343", "800", "1,711", "1,711"],
+        ["Liu", "et", "al.", "13,250", "677", "290", "0"],
+        ["Covid-X", "13,794", "200", "200", "0"],
+    ]
     apart = "training -1,597; test, normal -499; test, abnormal -998; masks -999"
     assert lines[-1] == f"nearest: Hyper-Kvasir, apart from {apart}"
     monkeypatch.setitem(datasets.PAPER, "LAG", (3, 1, 2, 1))
     assert datasets.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "these are LAG's numbers"
+
+
+@pytest.mark.parametrize(
+    "name",
+    "ground_truth anomaly_mask mask masks label annotation annotations Masks".split(),
+)
+def test_a_folder_of_masks_beside_the_images_goes_by_many_names(name, tmp_path):
+    """Under a name that is not known, masks would be measured as abnormal images."""
+    picture(tmp_path / "train/good/a.png")
+    picture(tmp_path / "test/good/b.png")
+    picture(tmp_path / "test/polyp/img/c.png")
+    mask = lesion(tmp_path / "test/polyp" / name / "c.png")
+    test = layouts.discover(tmp_path).test
+    assert [(s.path.name, s.label, s.mask) for s in test] == [
+        ("b.png", 0, None),
+        ("c.png", 1, mask),
+    ]
 
 
 def test_train_test_normal_abnormal_in_any_case(tmp_path):
@@ -167,6 +198,14 @@ def test_one_folder(tmp_path):
     dataset = layouts.discover(tmp_path)
     assert [p.name for p in dataset.train] == sorted(names) and dataset.test == ()
     dataset.check_test()  # nothing to measure is no mistake
+
+
+def test_images_of_every_usual_ending_are_found(tmp_path):
+    endings = "png jpg jpeg jpe jfif bmp tif tiff webp gif ppm pgm jp2 PNG Jpeg".split()
+    for k, ending in enumerate(endings):
+        (tmp_path / f"{k:02d}.{ending}").touch()
+    found = layouts.discover(tmp_path).train
+    assert [path.name for path in found] == [f"{k:02d}.{e}" for k, e in enumerate(endings)]
 
 
 def test_symlinks_uppercase_and_hidden_files(tmp_path):
