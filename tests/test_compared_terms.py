@@ -16,7 +16,14 @@ from test_compared import small as small_on
 from torch import nn
 
 from baselines import cutpaste, dae, fanogan, ocgan, panda
-from baselines.steps import Training, convolutions, deconvolutions, squared_error, stages
+from baselines.steps import (
+    Training,
+    convolutions,
+    deconvolutions,
+    squared_error,
+    stages,
+    widths,
+)
 from ssim import residual_map, setting
 from support.compared import COMPARED
 
@@ -70,6 +77,52 @@ def test_the_defaults_are_those_that_the_deviations_state():
     }  # fmt: skip
     for name, kind in COMPARED.items():
         assert {key: getattr(kind, key) for key in want[name]} == want[name], name
+    assert (panda.KEPT, panda.FISHER_IMAGES, cutpaste.KEPT) == (10_000, 200, 20_000)
+
+
+def test_the_quick_preset_is_what_the_docs_measured():
+    assert {name: kind.quick for name, kind in COMPARED.items()} == {
+        "cutpaste": {"epochs": 4, "batch_size": 16},
+        "panda": {"epochs": 2, "batch_size": 16},
+        "fanogan": {"epochs": 15, "encoder_epochs": 15, "batch_size": 16, "width": 8,
+                    "critic_steps": 2, "lr": 5e-4, "encoder_lr": 5e-4},
+        "ocgan": {"epochs": 15, "batch_size": 16, "width": 12, "lr": 1e-3},
+        "adgan": {"epochs": 15, "batch_size": 16, "width": 12, "lr": 1e-3},
+        "dae": {"epochs": 20, "batch_size": 16, "width": 16},
+        "msssim": {"epochs": 15, "batch_size": 16, "width": 16},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "owners"),
+    [
+        ("dae", {"all": "encoder decoder"}),
+        ("msssim", {"all": "encoder decoder"}),
+        ("fanogan", {"critic": "critic", "generator": "generator"}),
+        ("ocgan", {"generators": "encoder decoder", "latent": "latent", "visual": "visual",
+                   "classifier": "classifier"}),
+        ("adgan", {"generators": "to_latent to_image", "discriminators": "of_latent of_image"}),
+        ("cutpaste", {"image": "image head"}),
+    ],
+)  # fmt: skip
+def test_each_optimiser_steps_all_weights_of_its_networks_and_no_others(name, owners):
+    detector = small(name)
+    training = next(iter(detector.trainings(images(4))))
+    owners = {k: ["image", "image head"] if name == "cutpaste" else v.split()
+              for k, v in owners.items()}  # fmt: skip
+    want = {k: [w for n in names for w in detector.networks[n].parameters()]
+            for k, names in owners.items()}  # fmt: skip
+    got = {k: [w for g in o.param_groups for w in g["params"]]
+           for k, o in training.optimisers.items()}  # fmt: skip
+    assert list(got) == list(want)
+    for k, weights in got.items():
+        assert [*map(id, weights)] == [*map(id, want[k])], k
+
+
+def test_channels_double_up_to_eight_times_the_width():
+    assert widths(16, 4) == (4, [4, 8, 16])
+    assert widths(128, 64) == (4, [64, 128, 256, 512, 512, 512])
+    assert widths(48, 4) == (6, [4, 8, 16, 32])
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -159,6 +212,11 @@ def test_the_terms_of_fanogan_are_those_of_its_losses():
     torch.testing.assert_close(shown, (gen(encoder(real)) + 1) / 2)
 
 
+def test_f_anogan_generates_images_from_minus_one_to_one():
+    y = fanogan.upwards(8, 32, 2)(torch.randn(16, 8, generator=generator()))
+    assert y.shape == (16, 3, 32, 32) and -1 <= y.min() < -0.1 < 0.1 < y.max() <= 1
+
+
 # --- OCGAN, ADGAN --------------------------------------------------------------------------------
 
 
@@ -191,6 +249,20 @@ def test_the_terms_of_ocgan_are_those_of_its_losses():
             "classifier": likely(classifier(x_tilde)) + unlikely(classifier(negative)),
         }  # fmt: skip
     assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ocgan", "adgan"])
+def test_discriminators_have_no_batch_norm_and_ocgans_the_papers_widths(name):
+    """Batch norm would let a discriminator see how many of its batch are real."""
+    networks = small(name, width=10).networks
+    told = {"ocgan": ("latent", "visual", "classifier"), "adgan": ("of_latent", "of_image")}
+    for part in told[name]:
+        assert not any("BatchNorm" in type(m).__name__ for m in networks[part].modules()), part
+    if name == "ocgan":
+        linear = [m.out_features for m in networks["latent"] if isinstance(m, nn.Linear)]
+        assert linear == [128, 64, 32, 16, 1]
+        widest = [networks[part][0].out_channels for part in ("visual", "classifier")]
+        assert widest == [2, 10]  # 12 and 64 in the paper
 
 
 def test_the_averages_that_score_are_those_of_reconstructions():
@@ -261,6 +333,24 @@ def test_panda_pulls_layers_three_and_four_to_the_mean_of_the_start_features():
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert {k.split(".")[0] for k in moved} == {"layer3", "layer4"}
     assert not any("running" in k for k in moved)
+
+
+def test_the_fisher_information_is_of_some_images_that_the_seed_draws(monkeypatch):
+    seen = []
+
+    def noted(resnet, x, weights, draws):
+        seen.append((x, draws.initial_seed()))
+        return [torch.zeros_like(w) for w in weights]
+
+    monkeypatch.setattr(panda, "FISHER_IMAGES", 3)
+    monkeypatch.setattr(panda, "fisher_information", noted)
+    for seed in (5, 6):
+        next(iter(small("panda", seed=seed).trainings(images(8))))
+    (one, first), (other, second) = seen
+    assert (first, second) == (5, 6) and not torch.equal(one, other)
+    whole = torch.from_numpy(images(8)) / 255
+    which = [[k for k in range(8) if torch.equal(x, whole[k])] for x in one]
+    assert len(one) == 3 and all(map(len, which)) and which == sorted(which)
 
 
 def test_panda_keeps_random_positions_of_every_image(monkeypatch):
