@@ -364,6 +364,9 @@ def test_the_thresholds_tried_miss_no_score_and_no_column():
     maps = np.zeros((1, 2048, 2050), np.int8)  # just above 4 million
     maps[0, 7, 33] = 5
     assert measures.dice_threshold(maps, maps == 5, [0]) == (5, 1.0)
+    maps = np.zeros((2, 2048, 2050), np.int8)  # every third, from an image's own number on
+    maps[1, 0, 4] = 5
+    assert measures.dice_threshold(maps, maps == 5, [0, 1]) == (5, 0.5)
 
 
 def test_shapes_that_would_broadcast_and_heat_maps_are_no_regions():

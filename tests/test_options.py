@@ -30,6 +30,43 @@ def test_each_method_has_its_strong_set_its_terms_and_its_temperature(
     assert sorted(config.terms.split(",")) == sorted(terms.split(","))
 
 
+def test_the_defaults_are_the_papers_and_those_that_the_deviations_state():
+    want = {
+        "image_size": 256, "method": "pmsacl", "classes": 4, "tau": 0.2, "alpha": 2.0,
+        "terms": "ctr,pmsacl,aug", "local_terms": "ctr,pmsacl,aug,pos", "positive_scale": "kappa",
+        "features": "unit", "centre_weight": 1.0, "centres": "untrained", "warmup_epochs": 0,
+        "aug_head": "backbone", "strong": "medmix", "lesion_area": "0.005,0.08", "weak": "simclr",
+        "crop_area": 0.0, "jitter": 1.0, "init": "auto", "epochs": 2000, "batch_size": 32,
+        "lr": 0.01, "lr_end": 1e-5, "local_lr": 0.1, "momentum": 0.9, "weight_decay": 3e-4,
+        "healthy_share": 0.1, "detector": "padim", "denoise": 0.0, "paper_protocol": False,
+    }  # fmt: skip
+    config = options.Config()
+    assert {name: getattr(config, name) for name in want} == want
+    assert options.parse(["--as-printed"])[0] == {
+        "positive_scale": "0.5", "aug_head": "projection", "features": "raw",
+        "centre_weight": 1.0, "local_lr": 0.01,
+    }  # fmt: skip
+
+
+def test_the_quick_preset_is_what_the_docs_measured():
+    assert options.PRESETS["quick"] == {
+        "image_size": 64, "batch_size": 8, "epochs": 4, "lr": 0.03, "crop_area": 0.6,
+        "jitter": 0.25, "lesion_area": "0.01,0.15", "local": "yes", "igd_epochs": 6,
+        "igd_local_epochs": 2, "igd_batch_size": 8, "igd_patches": 72, "igd_lr": 1e-3,
+        "igd_encoder_lr": 3e-4, "igd_warmup": 0.5, "igd_width": 8,
+    }  # fmt: skip
+
+
+def test_igd_has_a_local_model_above_64_pixels_or_where_it_is_asked_for():
+    def local(size, detector="both", **given):
+        return options.make_config(
+            {"data": "x", "image_size": size, "detector": detector} | given
+        ).local_igd
+
+    assert [local(size) for size in (32, 64, 96, 256)] == [False, False, True, True]
+    assert local(64, local="yes") and not local(256, local="no") and not local(256, "padim")
+
+
 def test_a_method_gives_way_to_options():
     config = options.make_config({"method": "ccd", "strong": "medmix", "data": "x"})
     assert (config.strong, config.terms) == ("medmix", "con,aug,pos")

@@ -74,6 +74,8 @@ def test_the_log_has_the_mean_of_each_term_over_an_epoch(tmp_path):
         assert (row["epoch"], row["lr"]) == (k + 1, 0.01)
     written = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in written] == ["1", "2"]
+    for one, row in zip(written, rows, strict=True):  # to six digits
+        assert {k: float(v) for k, v in one.items()} == pytest.approx(row, rel=1e-5)
 
 
 def test_a_training_goes_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
@@ -197,3 +199,23 @@ def test_weights_load_from_a_file_and_a_wrong_file_is_named(tmp_path):
         assert "weights_only" not in str(e.value)
     with pytest.raises(ValueError, match="--init .*nowhere.pt: No such file"):
         start_weights(target, str(tmp_path / "nowhere.pt"))
+
+
+def test_imagenets_weights_are_taken_and_only_auto_does_without_them(monkeypatch, capsys):
+    source = ResNet18(generator(1))
+    monkeypatch.setattr(training, "_imagenet", source.state_dict)
+    for init in ("imagenet", "auto"):
+        target = ResNet18(generator(2))
+        assert start_weights(target, init) == "imagenet"
+        assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+
+    def offline():
+        raise OSError("no network")
+
+    monkeypatch.setattr(training, "_imagenet", offline)
+    target = ResNet18(generator(2))
+    assert start_weights(target, "auto") == "random" == start_weights(target, "random")
+    assert torch.equal(target.conv1.weight, ResNet18(generator(2)).conv1.weight)
+    assert "random start weights" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--init imagenet: no weights from .*no network"):
+        start_weights(target, "imagenet")

@@ -24,6 +24,11 @@ def smooth_images(count, size=32, seed=0):
     return small.repeat(8, axis=2).repeat(8, axis=3)
 
 
+def test_what_a_number_is_worth_is_measured_at_these_sizes():
+    sizes = worth.ROUNDS, worth.NEIGHBOURS, worth.THUMBNAIL, worth.FAKES, worth.FITTED, worth.ALIKE
+    assert sizes == (2000, 5, 16, 300, 1000, 0.995)
+
+
 # --- intervals -----------------------------------------------------------------------------------
 
 
