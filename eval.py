@@ -215,18 +215,18 @@ def evaluate(
     test, usable = paper_protocol | ~validation, ~validation & (True if known is None else known)
     shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
     rows, scores, drawn, shown = {}, {}, {}, {}
+    source = {"data": origin(dataset, **shared)}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
         rows[name], scores[name] = protocol(s, labels, maps, masks, known, **shared), s
         if maps is not None:
             rows[name] |= _of_maps(maps, labels, test)
-            of_set = images, maps, masks, dataset.test, s, rows[name]
+            of_set = images, maps, masks, dataset.test, s, rows[name] | source
             drawn[f"localisation_{name}"] = _figure(of_set, usable, dataset, name)
             shown[name] = cards.gallery(*of_set, validation)
     if baselines:
         rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
     add_worth(rows, scores, labels, test, [sample.kind for sample in dataset.test], seed)
-    source = {"data": origin(dataset, **shared)}
     results = {"seconds": {}, **{k: row | source for k, row in rows.items()}, **(extra or {})}
     results["healthy"] = healthy.summary(detectors, scores, labels, test)
     results["seconds"]["evaluate"] = time.perf_counter() - started

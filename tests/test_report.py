@@ -103,7 +103,7 @@ def data_set(root: Path) -> layouts.Dataset:
     return layouts.Dataset("MVTec", root, (Path("a.png"),), samples)
 
 
-def run(folder: Path, *, masks: bool = True, **detectors) -> dict:
+def run(folder: Path, *, masks: bool = True, paper: bool = False, **detectors) -> dict:
     """Evaluate detectors on made-up images and write all of a run's files."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (N, 3, SIDE, SIDE), dtype=np.uint8)
@@ -115,7 +115,7 @@ def run(folder: Path, *, masks: bool = True, **detectors) -> dict:
     (folder / "log.csv").write_text("epoch,ctr,accuracy,fake_auroc\n1,0.5,,\n2,0.25,0.3,0.7\n")
     return evaluation.evaluate(
         folder, data_set(folder), detectors or {"padim": Detector(scores_of(1))}, images,
-        lesions if masks else None, np.ones(N, bool), seed=0,
+        lesions if masks else None, np.ones(N, bool), seed=0, paper_protocol=paper,
     )  # fmt: skip
 
 
@@ -191,6 +191,12 @@ def test_errors_come_first_and_each_verdict_is_that_of_the_threshold(two):
     for card in shown:
         high = int(float(card["data-score"]) >= threshold)
         assert card["data-verdict"] == words[card["data-label"], high]
+
+
+def test_the_papers_protocol_shows_cards_of_all_images_that_it_measures(tmp_path):
+    run(tmp_path, paper=True)
+    page = Page((tmp_path / "report.html").read_text())
+    assert len(page.cards()) == N
 
 
 def test_each_roc_curve_is_of_its_detectors_own_measured_scores(tmp_path, monkeypatch):
