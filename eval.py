@@ -204,7 +204,7 @@ def evaluate(
     detectors: name of the row (padim, igd, untrained) -> detector; scored one after the other.
     images:    (N, 3, S, S) uint8.   masks: (N, S, S).   known: (N,) bool.
     baselines: name -> scores (N,); the best of them becomes the row `trivial`.
-    extra:     top-level entries of results.json: config, seconds, init, rows of other detectors.
+    extra:     top-level entries of results.json: config, seconds, init, rows of before.
     home:      the run's folder, if it is another one.
     returns:   what results.json holds. Nothing is written before all of it is computed.
     raises:    ValueError as `protocol`, before anything is scored.
@@ -214,7 +214,7 @@ def evaluate(
     validation = validation_split(labels, seed)
     test, usable = paper_protocol | ~validation, ~validation & (True if known is None else known)
     shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
-    rows, scores, drawn, shown = {}, {}, {}, {}
+    rows, scores, drawn, shown, before = {}, {}, {}, {}, extra or {}
     source = {"data": origin(dataset, **shared)}
     for name, detector in detectors.items():
         s, maps = score_set(detector, images, batch=batch, label=f"score {name}")
@@ -226,8 +226,9 @@ def evaluate(
             shown[name] = cards.gallery(*of_set, validation)
     if baselines:
         rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
-    add_worth(rows, scores, labels, test, [sample.kind for sample in dataset.test], seed)
-    results = {"seconds": {}, **{k: row | source for k, row in rows.items()}, **(extra or {})}
+    add_worth(rows, scores, labels, test, [s.kind for s in dataset.test], seed, before)
+    results = {"seconds": {}, **{k: row | source for k, row in rows.items()}}
+    results |= {k: entry for k, entry in before.items() if k not in rows}
     results["healthy"] = healthy.summary(detectors, scores, labels, test)
     results["seconds"]["evaluate"] = time.perf_counter() - started
     figures.write_all(folder, drawn)
@@ -339,7 +340,7 @@ def evaluate_run(
     kept |= {"data_notes": list(dict.fromkeys(notes))} if notes else {}
     evaluate(
         to, dataset, detectors, images, masks, known, seed=seed, paper_protocol=paper_protocol,
-        batch=batch, extra={k: v for k, v in kept.items() if k not in detectors}, home=folder,
+        batch=batch, extra=kept, home=folder,
     )  # fmt: skip
     return to
 

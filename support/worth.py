@@ -78,14 +78,17 @@ def add_worth(
     test: Array,
     kinds: Sequence[str],
     seed: int,
+    before: Mapping[str, Any],
 ) -> None:
     """What each AUROC is worth, into its row; all rows see the same resampled test images.
 
     rows, scores: of each detector; scores are (M,), of the test images.
     labels, test, kinds: true where abnormal; true where measured; the kind of each image.
+    before: results that hold the same rows, if they were measured before.
 
     image_auroc_interval: 95% bootstrap interval over the test images.
-    over_untrained:       the difference to the row `untrained`, and its 95% interval, paired.
+    over_untrained:       the difference to the row `untrained`, and its 95% interval, paired; that
+                          of before if `untrained` is not scored again.
     kinds:                the AUROC of each kind of abnormal image, where there are several.
     """
     y, kind = labels[test], np.array(kinds)[test]
@@ -98,6 +101,8 @@ def add_worth(
                 "difference": row["image_auroc"] - rows["untrained"]["image_auroc"],
                 "interval": interval(drawn[name] - drawn["untrained"]),
             }
+        elif over := before.get(name, {}).get("over_untrained"):
+            row["over_untrained"] = over
         abnormal = sorted(set(kind[y]))
         if len(abnormal) > 1:
             s = scores[name][test]

@@ -460,6 +460,19 @@ def test_a_run_is_measured_with_its_own_range_of_values(run, tmp_path, monkeypat
     assert seen[0][:, 0, 0, 0].tolist() == want
 
 
+def test_a_detector_that_is_measured_again_is_still_compared_with_random_weights(run):
+    assert evaluation.main([str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    over = {"difference": 0.1, "interval": [0.05, 0.2]}
+    results |= {"untrained": dict(results["padim"]), "note": "of before"}
+    results["padim"] |= {"image_auroc": 2.0, "over_untrained": over}
+    (run / "results.json").write_text(json.dumps(results))
+    assert evaluation.main([str(run)]) == 0
+    again = json.loads((run / "results.json").read_text())
+    assert again["padim"]["over_untrained"] == over and again["padim"]["image_auroc"] <= 1
+    assert again["untrained"] == results["untrained"] and again["note"] == "of before"
+
+
 def test_a_run_is_measured_on_the_images_that_its_seed_draws(run, monkeypatch):
     seeds, discover = [], layouts.discover
 

@@ -71,7 +71,7 @@ def test_rows_get_their_interval_their_paired_difference_and_their_kinds():
     scores = {"padim": strong, "untrained": strong + 0.1 * g.normal(size=300), "same": strong}
     test = np.arange(300) % 2 == 0
     rows = {name: {"image_auroc": auroc(s[test], labels[test])} for name, s in scores.items()}
-    worth.add_worth(rows, scores, labels, test, kinds, 0)
+    worth.add_worth(rows, scores, labels, test, kinds, 0, {})
     over = rows["padim"]["over_untrained"]
     difference = rows["padim"]["image_auroc"] - rows["untrained"]["image_auroc"]
     assert (
@@ -87,7 +87,7 @@ def test_rows_get_their_interval_their_paired_difference_and_their_kinds():
     assert rows["padim"]["kinds"]["round"] > 0.85 > rows["padim"]["kinds"]["flat"]
     one_kind = {"padim": {"image_auroc": 0.5}}
     names = np.where(labels, "polyp", "good")
-    worth.add_worth(one_kind, {"padim": strong}, labels, test, names, 0)
+    worth.add_worth(one_kind, {"padim": strong}, labels, test, names, 0, {})
     assert "kinds" not in one_kind["padim"]
 
 
