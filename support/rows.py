@@ -18,7 +18,7 @@ from baselines.strong import STRONG
 from support.compared import chosen
 from support.options import Config, check_encoder, make_config, parse
 from support.run import open_regular
-from support.tables import PRINTED
+from support.tables import PAPERS_NAMES, PRINTED
 
 # Tables 1-4 and 6, 7. Two rows of a pre-training are one run with both detectors. What has no
 # pre-training starts from --init.
@@ -31,13 +31,9 @@ _DETECTORS = {
     "PMSACL - IGD": "--detector both",
 }
 _COMPARED = {
-    "DAE": "--method none --detector dae",
-    "OCGAN": "--method none --detector ocgan",
-    "f-AnoGAN": "--method none --detector fanogan",
-    "ADGAN": "--method none --detector adgan",
-    "MS-SSIM": "--method none --detector msssim",
-    "PANDA": "--method none --detector panda",
-    "CutPaste": "--method none --detector cutpaste",
+    name: f"--method none --detector {detector}"
+    for detector, name in PAPERS_NAMES.items()
+    if detector not in ("padim", "igd")
 } | _DETECTORS
 
 # Rows: the paper's name -> options. Table 8 starts from CCD with the terms in its caption, eq. 9's

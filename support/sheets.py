@@ -14,7 +14,7 @@ from support.figures import dot_chart, png
 from support.options import option
 from support.rows import MASKED, OF_ONE_SET, ROWS, Row, reference
 from support.run import encoded, write_file
-from support.tables import PRINTED, markdown_table
+from support.tables import PAPERS_NAMES, PRINTED, markdown_table
 
 MEASURES = {  # of a finished run -> heading
     "image_auroc": "AUC",
@@ -131,7 +131,7 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 def title_of(name: str, rows: Sequence[Row], images: str) -> str:
     """What the table shows, of which images, and where the paper's figures come from."""
     detectors = [d for d in ("padim", "igd") if any(row.detector == d for row in rows)]
-    of = " and ".join({"padim": "PaDiM", "igd": "IGD"}[d] for d in detectors)
+    of = " and ".join(PAPERS_NAMES[d] for d in detectors)
     title = f"{name.capitalize()}: {of} on {images}"
     if name in OF_ONE_SET:
         what = "localisation" if name in MASKED else "detection"
