@@ -209,8 +209,7 @@ def evaluate(
     returns:   what results.json holds. Nothing is written before all of it is computed.
     raises:    ValueError as `protocol`, before anything is scored.
     """
-    started = time.perf_counter()
-    labels = dataset.labels
+    started, labels = time.perf_counter(), dataset.labels
     validation = validation_split(labels, seed)
     test, usable = paper_protocol | ~validation, ~validation & (True if known is None else known)
     shared: dict[str, Any] = dict(seed=seed, paper_protocol=paper_protocol)
@@ -232,23 +231,10 @@ def evaluate(
     results["healthy"] = healthy.summary(detectors, scores, labels, test)
     results["seconds"]["evaluate"] = time.perf_counter() - started
     figures.write_all(folder, drawn)
-    _write(folder, home or folder, dataset, detectors, results, scores, validation, shown)
-    return results
-
-
-def _write(
-    folder: Path,
-    home: Path,
-    dataset: layouts.Dataset,
-    detectors: Mapping[str, Any],
-    results: dict[str, Any],
-    scores: Mapping[str, Array],
-    validation: Array,
-    shown: Mapping[str, cards.Gallery],
-) -> None:
     write_scores(folder, dataset.test, scores, results, validation, detectors)
-    report.write_report(home, dataset, results, scores, validation, shown, folder)
+    report.write_report(home or folder, dataset, results, scores, validation, shown, folder)
     write_results(folder, results)
+    return results
 
 
 OfSet = tuple[Array, Array, Array | None, Sequence[layouts.Sample], Array, Mapping[str, Any]]

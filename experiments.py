@@ -27,7 +27,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,11 @@ MOST_SEEDS = 1000
 
 def folder_of(config: Config, out: Path) -> Path:
     """The folder of the run with these settings: one that exists, or a name for a new one."""
-    for file in sorted(out.glob("*/config.json")):
-        if _has_settings(config, read_json(file)):
-            return file.parent
     settings = {name: getattr(config, name) for name in deciding(config)}
+    for file in sorted(out.glob("*/config.json")):
+        saved = read_json(file)  # an option that it lacks had its default
+        if settings == {name: saved.get(name, getattr(Config, name)) for name in settings}:
+            return file.parent
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     what = "-".join([dataset_name(config), config.method, *chosen(config.detector)])
     return out / f"{what}-{key}-seed{config.seed}"
@@ -73,11 +74,6 @@ def folder_of(config: Config, out: Path) -> Path:
 
 def dataset_name(config: Config) -> str:
     return Path(config.data).name or "phantom"
-
-
-def _has_settings(config: Config, saved: Mapping[str, Any]) -> bool:
-    """Whether a saved config.json has these settings; one that it lacks had its default."""
-    return all(saved.get(n, getattr(Config, n)) == getattr(config, n) for n in deciding(config))
 
 
 @functools.cache

@@ -135,7 +135,8 @@ def _write(
     try:
         # Plain writes: a full disk is then an OSError, where a memory-map would be a bus error.
         with naming(target), open(part, "wb") as file, ours_alone():
-            for i, row in enumerate(progress(_read_all(rows, read), len(rows), label)):
+            read_ahead = progress(ahead(functools.partial(attempt, read), rows), len(rows), label)
+            for i, (_, row) in enumerate(read_ahead):
                 if isinstance(row, str):
                     unreadable[i] = row
                 content = substitute if isinstance(row, str) else row.tobytes()
@@ -158,13 +159,6 @@ def complaint(reasons: Sequence[str], total: int, skip_bad: bool) -> str:
     if len(reasons) > SHOWN:
         text += f"; and {len(reasons) - SHOWN} more"
     return f"{len(reasons)} of {total} files cannot be used: {text}{hint}"
-
-
-def _read_all(
-    rows: Sequence[Files], read: Callable[[Files], np.ndarray]
-) -> Iterator[np.ndarray | str]:
-    """read(files) of every row in order, or the reason why that failed; in several threads."""
-    return (row for _, row in ahead(functools.partial(attempt, read), rows))
 
 
 def attempt(work: Callable[[T], U], item: T) -> U | str:

@@ -1091,7 +1091,7 @@ def test_a_signal_that_nohup_ignores_is_ignored():
 
 
 PHASES = {
-    "decoding": (cache, "_read_all"),
+    "decoding": (cache, "ahead"),
     "centres": (pmsacl, "class_centres"),
     "training": (pmsacl.Pretraining, "update"),
     "fitting": (PaDiM, "embeddings"),
