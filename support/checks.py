@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shutil
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,10 @@ import numpy as np
 import torch
 
 from support.compared import chosen
-from support.folders import EXTENSIONS, how_to_convert, visible, walk
+from support.folders import EXTENSIONS, how_to_convert, named, visible, walk
 from support.layouts import MASKS, Dataset, Sample, discover
 from support.progress import notify, progress, size_of
 from support.run import read_json, real
-
-SHOWN = 5  # names in a complaint
-
-
-def named(names: Iterable[Any]) -> str:
-    """The first names of a list, and how many more there are."""
-    words = [str(name) for name in names]
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + more
 
 
 def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
@@ -106,14 +96,14 @@ def check_content(dataset: Dataset, elsewhere: Sequence[Path] = (), *, allow: bo
     copies: list[str] = []
     both: dict[str, list[str]] = {"test images that also train": [], "images with both labels": []}
     for same in _same_content(places):
-        sets, real = {place for _, place in same}, {os.path.realpath(path) for path, _ in same}
+        sets, files = {place for _, place in same}, {real(path) for path, _ in same}
         text = " = ".join(str(path) for path, _ in same[:3])
         if sets & {"train", "elsewhere"} and sets & {"normal", "abnormal"}:
             both["test images that also train"].append(text)
         if {"normal", "abnormal"} <= sets:
             both["images with both labels"].append(text)
         elif len(sets) == 1 and "elsewhere" not in sets:
-            (twice if len(real) < len(same) else copies).append(text)
+            (twice if len(files) < len(same) else copies).append(text)
     found = [f"{what} ({len(texts)}): {named(texts)}" for what, texts in both.items() if texts]
     if twice:
         found.append(f"files listed twice ({len(twice)}): {named(twice)}")
@@ -127,15 +117,15 @@ def check_content(dataset: Dataset, elsewhere: Sequence[Path] = (), *, allow: bo
 def check_unused(dataset: Dataset) -> list[str]:
     """Notes on what lies in the data set's folder and is not used, and what cannot be read."""
     failed: list[str] = []
-    mine = {os.path.realpath(path) for path in dataset.train}
-    mine |= {os.path.realpath(sample.path) for sample in dataset.test}
+    mine = {real(path) for path in dataset.train}
+    mine |= {real(sample.path) for sample in dataset.test}
     unused: dict[str, int] = {}
     for parent, folders, files in walk(dataset.root, lambda e: failed.append(str(e.filename))):
         folders[:] = filter(visible, folders)
         if MASKS & {part.lower() for part in parent.relative_to(dataset.root).parts}:
             continue
         images = [f for f in files if visible(f) and Path(f).suffix.lower() in EXTENSIONS]
-        left = [f for f in images if os.path.realpath(parent / f) not in mine]
+        left = [f for f in images if real(parent / f) not in mine]
         if left and dataset.layout != "HyperKvasir":  # which is drawn from
             unused[str(parent.relative_to(dataset.root))] = len(left)
     notes = [f"folders that cannot be read: {named(failed)}"] if failed else []

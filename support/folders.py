@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from support.progress import notify
 
 EXTENSIONS = set(".png .jpg .jpeg .jpe .jfif .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
+SHOWN = 5  # names in a message
 MOST_FOLDERS = 20_000  # of a data set; more are somebody's whole disk
 CONVERT = {  # what is no picture yet -> how to make one
     "DICOM": ({".dcm", ".dicom", ".ima"}, "pydicom's pixel_array, or dcm2img of DCMTK"),
@@ -50,6 +52,13 @@ def walk(
             notified = True
         folders.sort()
         yield Path(parent), folders, files
+
+
+def named(names: Iterable[Any]) -> str:
+    """The first names of a list, for a message, and how many more there are."""
+    words = [str(name) for name in names]
+    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return ", ".join(words[:SHOWN]) + more
 
 
 def visible(name: str) -> bool:

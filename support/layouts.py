@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from support.folders import EXTENSIONS, how_to_convert, visible, walk
+from support.folders import EXTENSIONS, how_to_convert, named, visible, walk
 
 NORMAL = {"good", "normal", "normal_test", "healthy"}
 NORMAL_NAMES = f"normal images lie in a folder called {', '.join(sorted(NORMAL))}"
@@ -164,12 +164,10 @@ def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
 
 def _refuse_orphans(masks: Iterable[Path], used: set[Path]) -> None:
     """raises: ValueError if there are masks that no image has used."""
-    orphans = [str(p) for p in masks if p not in used]
-    if orphans:
-        more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
+    if orphans := [p for p in masks if p not in used]:
         raise ValueError(
-            f"masks without an image of the same name: {', '.join(orphans[:5])}{more}; name each "
-            "like its image, or NAME_mask, or add the images to the test folder"
+            f"masks without an image of the same name: {named(orphans)}; name each like its image, "
+            "or NAME_mask, or add the images to the test folder"
         )
 
 
