@@ -226,8 +226,7 @@ def evaluate(
     if baselines:
         rows["trivial"], scores["trivial"] = best_baseline(baselines, labels, **shared)
     add_worth(rows, scores, labels, test, [s.kind for s in dataset.test], seed, before)
-    results = {"seconds": {}, **{k: row | source for k, row in rows.items()}}
-    results |= {k: entry for k, entry in before.items() if k not in rows}
+    results = {"seconds": {}, **before, **{k: row | source for k, row in rows.items()}}
     results["healthy"] = healthy.summary(detectors, scores, labels, test)
     results["seconds"]["evaluate"] = time.perf_counter() - started
     figures.write_all(folder, drawn)

@@ -24,8 +24,9 @@ PAGE = Path("docs/equations.md")
 FOLDERS = ("", "kernels", "baselines", "support")  # where a tag may tie a row to an equation
 BLOCK = re.compile(r"^<!-- begin: (.+) -->\n(?:.*\n)*?<!-- end -->$", re.MULTILINE)
 LINE = re.compile(
-    r"^- `\[P[:!]\((?P<number>\d+)\)[^]]*\]` \$`(?P<formula>.+)`\$"
-    r" → \[`(?P<function>[\w.]+)`\]\(\S+\) → \[`(?P<test>\w+)`\]\((?P<test_file>\S+)\)$",
+    r"^- `\[(?P<tag>P[:!]\((?P<number>\d+)\)[^]]*)\]` \$`(?P<formula>.+)`\$"
+    r" → \[`(?P<function>[\w.]+)`\]\((?P<file>\S+)\)"
+    r" → \[`(?P<test>\w+)`\]\((?P<test_file>\S+)\)$",
     re.MULTILINE,
 )
 ROW = re.compile(r"^\| (R\d+) \|.*$", re.MULTILINE)

@@ -38,6 +38,7 @@ class Small(nn.Module):
 
 
 def images(n: int, size: int = 32, seed: int = 0) -> np.ndarray:
+    """Smooth uint8 images (N, 3, S, S) of one family."""
     gen = torch.Generator().manual_seed(seed)
     coarse = 0.2 + 0.5 * torch.rand(n, 3, 4, 4, generator=gen)
     return (255 * nn.functional.interpolate(coarse, size=size, mode="bilinear")).byte().numpy()

@@ -14,6 +14,7 @@ import torch
 from conftest import DEVICE, generator
 from hypothesis import given
 from hypothesis import strategies as st
+from test_compared import images
 from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, Block, Z, critic, critic_loss, gaussian, interpolate, widths
@@ -42,14 +43,6 @@ class Small(nn.Module):
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
         return self.wide(self.bn1(self.conv1(x)).relu().mean(dim=(2, 3)))
-
-
-def images(n: int, size: int = 32, seed: int = 0) -> np.ndarray:
-    """Smooth uint8 images (N, 3, S, S) of one family."""
-    gen = torch.Generator().manual_seed(seed)
-    coarse = 0.2 + 0.5 * torch.rand(n, 3, 4, 4, generator=gen)
-    smooth = nn.functional.interpolate(coarse, size=size, mode="bilinear")
-    return (255 * smooth).to(torch.uint8).numpy()
 
 
 def small(local: bool = False, *, device: torch.device = DEVICE, **settings) -> IGD:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.equations import LINE, ROOT, TAG
+
 FOLDERS = ("", "kernels", "baselines", "support", "bench")
 SOURCES = {path: path.read_text() for d in FOLDERS for path in sorted((ROOT / d).glob("*.py"))}
 README = (ROOT / "README.md").read_text()
 DEVIATIONS = (ROOT / "docs" / "deviations.md").read_text()
-TAG = re.compile(r"\[(P[:!][^\]]*)\]")
-LINE = re.compile(
-    r"^- `\[(P[:!]\(\d+\)[^]]*)\]` \$`(.+)`\$ → \[`([\w.]+)`\]\((\S+)\) → \[`(\w+)`\]\((\S+)\)$",
-    re.MULTILINE,
-)
 MAP = LINE.findall(README)
 
 
@@ -35,13 +30,15 @@ def cited() -> set[str]:
 
 
 def test_the_map_has_a_line_for_each_tagged_equation_and_no_other():
-    numbers = [re.findall(r"\d+", tag)[0] for tag, *_ in MAP]
+    numbers = [number for _, number, *_ in MAP]
     assert numbers == [str(k) for k in range(1, 14)]  # the paper's equations, in its order
     assert set(numbers) == tagged()
 
 
 @pytest.mark.parametrize(
-    ("tag", "formula", "function", "file", "test", "test_file"), MAP, ids=[m[2] for m in MAP]
+    ("tag", "formula", "function", "file", "test", "test_file"),
+    [(tag, *more) for tag, _, *more in MAP],
+    ids=[m[3] for m in MAP],
 )
 def test_a_line_leads_to_a_tagged_function_and_to_a_test(
     tag, formula, function, file, test, test_file
