@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shutil
@@ -22,6 +21,7 @@ from detectors import PaDiM
 from encoder import ResNet18
 from igd import IGD
 from support import data, figures, healthy, layouts, scoring
+from support.run import read_rows
 from support.worth import bootstrapped_aurocs, interval
 
 U64 = 2.0**-53  # one rounding in float64
@@ -287,8 +287,7 @@ def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):
         "localisation_igd.png",
         "localisation_padim.png",
     ]
-    with open(run / "scores.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(run / "scores.csv")
     assert len(rows) == 12 and {r["split"] for r in rows} == {"validation", "test"}
     assert [r["label"] for r in rows] == [str(int(r["kind"] == "spot")) for r in rows]
     for r in rows:
@@ -346,8 +345,7 @@ def test_scores_of_healthy_images_give_percentiles_and_measures(run, tmp_path, m
     (run / "detector_igd.pt").unlink()
     assert evaluation.main([str(run)]) == 0
     stored = json.loads((run / "results.json").read_text())
-    with open(run / "scores.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(run / "scores.csv")
     for row in rows:
         below = sum(float(row["padim_score"]) > s for s in (0.1, 0.2, 0.3, 0.4))
         assert float(row["padim_percentile"]) == 25 * below
@@ -432,8 +430,7 @@ def test_what_evaluate_adds_is_measured_on_the_test_images(tmp_path, monkeypatch
 
 def test_a_run_is_evaluated_with_its_own_seed(run):
     assert evaluation.main([str(run)]) == 0
-    with open(run / "scores.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(run / "scores.csv")
     labels = [int(row["label"]) for row in rows]
     one, other = (evaluation.validation_split(labels, seed) for seed in (1, 0))
     assert [row["split"] == "validation" for row in rows] == one.tolist() != other.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +14,7 @@ from support.cache import digest
 from support.compared import COMPARED
 from support.options import PRESETS, Config, make_config
 from support.rows import ROWS, Row, read_sweep, rows_of, with_more
+from support.run import read_rows
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
 
@@ -368,10 +368,8 @@ def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, 
     assert decoded and decoded == {file.name for file in out.glob("*/cache/*.u8")}
     written = sorted(file.suffix for file in out.glob("pair-phantom-*"))
     assert written == [".csv", ".csv", ".md", ".png"]
-    table, of_runs = (
-        list(csv.DictReader(file.read_text().splitlines()))
-        for file in sorted(out.glob("pair-phantom-*.csv"), key=lambda f: "-runs" in f.name)
-    )
+    files = sorted(out.glob("pair-phantom-*.csv"), key=lambda f: "-runs" in f.name)
+    table, of_runs = map(read_rows, files)
     assert [line["row"] for line in table] == ["plain", "nothing", "trivial"]
     assert float(table[0]["image_auroc_mean"]) >= 0 and table[0]["image_auroc_sd"] == ""
     assert [(line["row"], line["seed"]) for line in of_runs] == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import shutil
@@ -20,6 +19,7 @@ import experiments
 import pmsacl
 from support import figures, job, paper_figures, phantom
 from support.options import make_config
+from support.run import read_rows
 
 OPTIONS = (
     "--image-size 32 --batch-size 4 --epochs 1 --classes 3 --init random --detector both "
@@ -66,7 +66,7 @@ def test_each_picture_has_the_colours_of_its_legend(drawn):
 def test_frames_of_figure_5_are_the_verdicts_of_the_run(drawn):
     out, run = drawn
     row = json.loads((run / "results.json").read_text())["igd"]
-    lines = list(csv.DictReader((run / "scores.csv").read_text().splitlines()))
+    lines = read_rows(run / "scores.csv")
     right = [ln["igd_predicted"] == ln["label"] for ln in lines if ln["split"] == "test"]
     pixels = shown(out / f"figure5-{run.name}.png")  # six images, all that are measured
     swatch = (paper_figures.TEXT + 1) ** 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -28,12 +27,8 @@ import pmsacl
 from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded
 from support import dryrun, job, layouts, options, phantom, run
+from support.run import read_rows
 from support.versions import versions
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 def command(*args: str) -> tuple[int | str | None, str]:
@@ -103,7 +98,7 @@ def test_a_run_folder_holds_what_the_design_says(finished):
         )
     assert results["init"] == "random" and results["seconds"]["pretrain"] > 0
     assert results["config"]["classes"] == 2
-    log = table(finished / "log.csv")
+    log = read_rows(finished / "log.csv")
     assert [row["epoch"] for row in log] == ["1", "2"]
     assert {"ctr", "pmsacl", "aug", "lr", "spread", "distance", "accuracy"} <= set(log[0])
     figures = {path.name for path in (finished / "figures").iterdir()}
@@ -159,7 +154,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(phantoms, finished,
         finished / "scores.csv"
     ).read_text().replace(str(finished), "")
     logs = [[{k: v for k, v in row.items() if k != "images_per_second"}
-             for row in table(each / "log.csv")] for each in (folder, finished)]  # fmt: skip
+             for row in read_rows(each / "log.csv")] for each in (folder, finished)]  # fmt: skip
     assert logs[0] == logs[1]
 
 
@@ -175,7 +170,7 @@ def test_a_run_that_is_evaluated_again_keeps_what_it_knew(finished, tmp_path, ca
     assert {"padim", "untrained", "trivial", "f_beta"} <= set(after)
     assert "Without heat maps, so not in this table: f_beta, trivial." in captured.out
     assert after["padim"]["image_auroc"] == before["padim"]["image_auroc"]
-    rows = [run.read_rows(place / "scores.csv") for place in (finished, folder)]
+    rows = [read_rows(place / "scores.csv") for place in (finished, folder)]
     assert [sorted(row.items()) for row in rows[0]] == [sorted(row.items()) for row in rows[1]]
 
 
@@ -279,7 +274,8 @@ def test_igd_shares_the_pre_training_and_resumes(phantoms, tmp_path):
     for name in ("checkpoint_local.pt", "encoder_local.pt", "log_local.csv", "log_igd_global.csv",
                  "log_igd_local.csv", "figures/reconstruction_igd.png"):  # fmt: skip
         assert (folder / name).exists(), name
-    assert "pos" in table(folder / "log_local.csv")[0] and "pos" not in table(folder / "log.csv")[0]
+    local, whole = (read_rows(folder / name)[0] for name in ("log_local.csv", "log.csv"))
+    assert "pos" in local and "pos" not in whole
     first = torch.load(folder / "detector_igd.pt", weights_only=True)["models"]
     (folder / "detector_igd.pt").unlink()
     assert job.main([*arguments, "--resume"]) == 0  # from checkpoint_igd.pt, already trained

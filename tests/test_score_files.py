@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from PIL import Image
 import eval as evaluation
 from support import cache, score_files
 from support.healthy import Healthy
+from support.run import read_rows
 
 
 class Bright:
@@ -69,8 +69,7 @@ def new(tmp_path):
 
 
 def rows_of(folder):
-    with open(folder / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as f:
-        return list(csv.DictReader(f))
+    return read_rows(folder / "scores.csv")
 
 
 def test_scores_percentiles_verdicts_and_overlays(run, new, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from test_pmsacl import TRAINED, pictures, tiny
 import pmsacl
 from encoder import ResNet18
 from support import training
+from support.run import read_rows
 from support.training import start_weights, train
 
 
@@ -72,7 +72,7 @@ def test_the_log_has_the_mean_of_each_term_over_an_epoch(tmp_path):
         assert row["b"] == pytest.approx(sum(2 * v**2 for v in seen) / 3, rel=1e-5)
         assert row["health"] == pytest.approx(w[3 * k + 3], rel=1e-5)
         assert (row["epoch"], row["lr"]) == (k + 1, 0.01)
-    written = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    written = read_rows(tmp_path / "log.csv")
     assert [row["epoch"] for row in written] == ["1", "2"]
     for one, row in zip(written, rows, strict=True):  # to six digits
         assert {k: float(v) for k, v in one.items()} == pytest.approx(row, rel=1e-5)
@@ -161,7 +161,7 @@ def test_each_method_trains_and_goes_on_where_it_was_stopped(method, tmp_path):
     training.save(started, tmp_path / "cut/checkpoint.pt", {}, [])
     resumed, _ = pmsacl.pretrain(images, config, tmp_path / "cut")
     assert all(torch.equal(v, after[k]) for k, v in resumed.state_dict().items())
-    row = list(csv.DictReader((tmp_path / "whole/log.csv").read_text().splitlines()))[-1]
+    row = read_rows(tmp_path / "whole/log.csv")[-1]
     assert 0 < float(row["spread"]) < 1
     last = pmsacl.cosine(config.lr, config.lr_end, 1 - 1 / started.total)  # of the last step
     assert float(row["lr"]) == pytest.approx(last, rel=1e-4) and not encoder.training
@@ -172,7 +172,7 @@ def test_each_method_trains_and_goes_on_where_it_was_stopped(method, tmp_path):
 def test_the_log_of_a_warm_up_leaves_the_later_terms_empty(tmp_path):
     config = tiny(warmup_epochs=1, epochs=2)
     pmsacl.pretrain(pictures(), config, tmp_path)
-    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    rows = read_rows(tmp_path / "log.csv")
     assert rows[0]["ctr"] == "" and float(rows[1]["ctr"]) > 0
 
 
