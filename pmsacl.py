@@ -74,12 +74,10 @@ def class_views(
     n = torch.arange(config.classes).repeat_interleave(len(x))  # (A B,), where the draws are made
     augment, turned = strong_set(config), config.strong == "rotation"
     x_n = x.repeat(config.classes, 1, 1, 1) if turned else augment(x, n, generator)[0]  # by class
-    views = x_n.new_empty(2 * len(x_n), *x.shape[1:])
-    for view in (0, 1):
-        weak(
-            x_n, generator, preset=config.weak, min_area=config.crop_area or None,
-            strength=config.jitter, out=views[view::2],
-        )  # fmt: skip
+    area = config.crop_area or None
+    both = [weak(x_n, generator, preset=config.weak, min_area=area, strength=config.jitter)
+            for _ in range(2)]  # fmt: skip
+    views = torch.stack(both, dim=1).flatten(0, 1)  # (N, 3, S, S)
     if turned:  # flipped after a quarter turn, left would pass for right  [P!§4.7.2 R32]
         views = augment(views, n.repeat_interleave(2), generator)[0]
     n = torch.arange(config.classes, device=x.device).repeat_interleave(2 * len(x))  # (N,)
