@@ -194,7 +194,8 @@ def _handle(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
     _State.asked = True
     if number == signal.SIGINT:
-        notify("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        with contextlib.suppress(RuntimeError):  # it came while a line was being printed
+            notify("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -1078,6 +1080,28 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     with claim.signals(), pytest.raises(KeyboardInterrupt):
         training.train(Twice(), tmp_path / "c.pt", tmp_path / "log.csv")
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_signal_while_a_line_is_printed_is_heard(monkeypatch):
+    class Signals(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if not asked():
+                os.kill(os.getpid(), signal.SIGINT)
+            return len(data)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    stream = io.TextIOWrapper(io.BufferedWriter(Signals()))
+    try:
+        with claim.signals(), claim.deferred(together=False) as asked:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stderr", stream)
+                shown.notify("a line of progress")
+            assert asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_that_nohup_ignores_is_ignored():
