@@ -165,10 +165,8 @@ def read_saved(path: str | Path, what: str, device: torch.device | str) -> Any:
                         raise ValueError
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # an unpickler may fail in any way on foreign bytes
-        if short_of_memory(error):
+        if short_of_memory(error) or getattr(error, "filename", None):  # it cannot be opened
             raise
         raise ValueError(f"{path}: no {what}, or a damaged one; move it away") from None
 

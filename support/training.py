@@ -75,7 +75,7 @@ def train(
                 rows.append(row | _end_epoch(training, checkpoint))
                 sums = {}
             done = training.step_done == training.total
-            stop = asked() and not done
+            stop = asked()
             due = done or stop or time.monotonic() - saved > save_every
             if due and ranks()[0] == 0:
                 save(training, checkpoint, sums, rows)

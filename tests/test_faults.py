@@ -314,6 +314,8 @@ def test_a_nan_in_a_part_that_does_not_score_is_noticed(detector_state, tmp_path
 
 
 NO_TORCH_FILES = [b"", b"PK\x03\x04", b"hello", b"\x80\x02." * 9, b"\x00" * 5000, b"PK\x05\x06" * 9]
+torch.save(torch.zeros(9999), written := io.BytesIO())
+NO_TORCH_FILES.append(written.getvalue()[:5000])  # cut there, torch's reader has an OSError
 
 
 @pytest.mark.parametrize("content", NO_TORCH_FILES, ids=range(len(NO_TORCH_FILES)))
@@ -1052,6 +1054,14 @@ class Signalled(Toy):
         if self.step_done == 2:
             os.kill(os.getpid(), self.number)
         super().update(terms)
+
+
+def test_a_signal_in_the_last_step_is_heard(tmp_path):
+    toy = Signalled()
+    toy.total = 3
+    with claim.signals(), pytest.raises(KeyboardInterrupt):
+        training.train(toy, tmp_path / "c.pt", tmp_path / "log.csv")
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step_done"] == 3
 
 
 @pytest.mark.parametrize("number", claim.SIGNALS, ids=lambda number: number.name)
