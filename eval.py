@@ -23,7 +23,7 @@ from igd import IGD
 from measures import auroc, confusion, dice, dice_threshold, iou, pixel_measures, youden_threshold
 from support import cards, checks, data, figures, healthy, layouts, report
 from support.claim import held, signals
-from support.compared import COMPARED
+from support.compared import COMPARED, chosen
 from support.depth import window_of_set
 from support.lesion_classifier import LesionClassifier
 from support.progress import as_program, complain, notify, show
@@ -279,7 +279,11 @@ def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any],
         raise ValueError(f"{folder}: no finished run here{hint}")
     loaded = [load(path, pick_device(device)) for path in files]
     kinds = {cls: kind for kind, cls in KINDS.items()}
-    return config, read_results(folder), {kinds[type(detector)]: detector for detector in loaded}
+    detectors = {kinds[type(detector)]: detector for detector in loaded}
+    wanted = chosen(config["detector"]) if "detector" in config else ()
+    if missing := [name for name in wanted if name not in detectors]:
+        raise ValueError(f"{folder}: lacks {', '.join(missing)}; pmsacl.py --resume finishes it")
+    return config, read_results(folder), detectors
 
 
 def evaluate_run(

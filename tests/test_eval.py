@@ -457,6 +457,13 @@ def test_a_run_is_measured_with_its_own_range_of_values(run, tmp_path, monkeypat
     assert seen[0][:, 0, 0, 0].tolist() == want
 
 
+def test_a_run_that_lacks_a_detector_is_not_measured(run, capsys):
+    changed(run, detector="padim,dae")
+    assert evaluation.main([str(run)]) == 2
+    assert "lacks dae; pmsacl.py --resume finishes it" in capsys.readouterr().err
+    assert not (run / "results.json").exists()
+
+
 def test_a_detector_that_is_measured_again_is_still_compared_with_random_weights(run):
     assert evaluation.main([str(run)]) == 0
     results = json.loads((run / "results.json").read_text())
