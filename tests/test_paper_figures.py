@@ -162,7 +162,7 @@ def damaged(run: Path, root: Path, change: str) -> Path:
     [
         ("1", "no encoder", "no detector_f_beta.pt or checkpoint.pt"),
         ("1", "another run's encoder", "name runs/other"),
-        ("4", "no IGD", "no file of the detector igd"),
+        ("4", "no IGD", "lacks igd; pmsacl.py --resume finishes it"),
         ("5", "no results", "no detections of igd .* nothing was measured in it"),
         ("3", "other images", "scores.csv is of other images"),
     ],
