@@ -278,8 +278,6 @@ def lesions_figure(run: Run, number: int, name: str) -> Image.Image:
     masked, test, y = "pixel_threshold" in d.row, d.dataset.test, d.dataset.labels
     cases = figures.choose_cases(d.scores, y, d.known | (not masked), lesions=4, normals=0)
     detectors = load_run(run.folder, run.config.device)[2]
-    if name not in detectors:
-        raise ValueError(f"{run.folder}: no file of the detector {name} is left here")
     maps = detectors[name].score(d.images[cases])[0].cpu().numpy()
     title = f"Fig. {number}, localisation by {PAPERS_NAMES[name]}: {run.name}"
     figure = figures.localisation_figure(
