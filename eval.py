@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         return complain("eval.py", error)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to start over", file=sys.stderr)
+        notify("\ninterrupted" + ("" if args.score else "; run the same command to start over"))
         return 130
     return 0
 

@@ -169,8 +169,8 @@ class Pretraining:
         self.batch = every // self.world  # of this process
         if self.batch < 2:
             raise ValueError(
-                f"{n} healthy images are too few: {held} are held back for monitoring, and "
-                f"a batch needs 2 for each of {self.world} process(es)"
+                f"{n} healthy images are too few: it takes {held + 2 * self.world} or more, {held} "
+                f"held back for monitoring and 2 for each of {self.world} process(es) in a batch"
             )
         self.images = self.batch * self.world  # of one step
         self.steps = len(self.trained) // self.images  # an epoch; no partial batch

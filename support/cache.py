@@ -58,6 +58,7 @@ def cached(
     if not rows:
         return np.empty((0, *shape), np.uint8), {}
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     stamps = [[stamp(path) for path in files] for files in rows]
     content = json.dumps([CACHE_VERSION, shape, zeros_for_unreadable, stamps, key])
     name = hashlib.sha256(content.encode()).hexdigest()[:24]
@@ -128,7 +129,6 @@ def _write(
     substitute: what is written for a row that is unreadable.
     returns:    the reason for each unreadable row, and the file's CRC-32.
     """
-    _remove_abandoned(target.parent)
     part = target.with_name(f"{target.name}.part-{platform.node()}-{os.getpid()}")
     unreadable: dict[int, str] = {}
     crc = 0

@@ -38,6 +38,7 @@ NOT_BEGUN = {"cache", "phantom", ".phantom.part", LOCK, "config.json.partial"}
 OURS = (
     "cache", "phantom", ".phantom.part", "figures", "config.json", "results.json", "results.md",
     "scores.csv", "report.html", "log*.csv", "checkpoint*.pt", "encoder*.pt", "detector*.pt",
+    "eval-*",
 )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ class Claim:
             self.file = self._hold()
         except OSError as error:
             reason = error.strerror or error
-            raise ValueError(f"--out {folder}: cannot be written to ({reason})") from None
+            raise ValueError(f"{folder}: cannot be written to ({reason})") from None
         self.before = set(os.listdir(folder)) - {LOCK}
         for partial in folder.glob("*.partial"):  # of a process that was killed
             partial.unlink(missing_ok=True)

@@ -53,10 +53,8 @@ def deciding(config: Any) -> set[str]:
     return {name for name in names if name not in without and not name.startswith(prefixes)}
 
 
-def fit(
-    name: str, backbone: nn.Module, images: np.ndarray, options: Mapping[str, Any], folder: Path
-) -> Detector:
-    """The detector of this name, trained with checkpoints and a log in the run's folder.
+def build(name: str, backbone: nn.Module, options: Mapping[str, Any]) -> Detector:
+    """The detector of this name, not trained.
 
     backbone: what a pre-trained one starts from.   options: those of the run, by name.
     """
@@ -73,7 +71,14 @@ def fit(
     if kind.pretrained:  # a plain copy: SyncBatchNorm would wait for processes that train nothing
         start = ResNet18().to(options["device"])
         start.load_state_dict(backbone.state_dict())
-    detector = kind(start, **settings)
+    return kind(start, **settings)
+
+
+def fit(
+    name: str, backbone: nn.Module, images: np.ndarray, options: Mapping[str, Any], folder: Path
+) -> Detector:
+    """The same, trained with checkpoints and a log in the run's folder."""
+    detector = build(name, backbone, options)
     for training in detector.trainings(images):
         file = training.name.replace(" ", "_")
         notify(f"training {training.name}")

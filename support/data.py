@@ -42,7 +42,8 @@ def _named_errors(path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image{other_kind(path)}") from error
+        what = other_kind(path) or " that Pillow reads"
+        raise ValueError(f"{path}: not an image{what}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: of more than 178 million pixels; write a smaller one") from error
     except FileNotFoundError as error:

@@ -16,7 +16,7 @@ from encoder import ResNet18
 from igd import IGD
 from pmsacl import Pretraining
 from support import checks, healthy, layouts
-from support.compared import chosen
+from support.compared import COMPARED, build, chosen
 from support.phantom import draw
 from support.progress import duration, show, size_of
 from support.run import real
@@ -79,6 +79,11 @@ def _trainings(config: Any, count: int) -> Iterator[Any]:
                 model.sigma2.fill_(1.0)
                 model.mu.fill_(0.0)
             yield of_igd
+    for name in set(chosen(config.detector)) & set(COMPARED):
+        detector = build(name, ResNet18(), dataclasses.asdict(config))
+        for training in detector.trainings(images[: detector.batch_size]):
+            training.total *= max(1, count // training.images)  # a step was an epoch
+            yield training
 
 
 def _seconds(training: Any) -> float:

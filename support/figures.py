@@ -78,14 +78,14 @@ def image_grid(
     left = gap + (gap + int(max(font.getlength(r) for r in rows)) if rows else 0)
     width = left + max(len(row) for row in cells) * (side + gap)
     heads = ["\n".join(part[: int(side / wide)] for part in c.splitlines()) for c in columns]
-    notes = textwrap.wrap(note, int(width / (1.16 * wide)))
-    top = (
-        gap + (2 * text if title else 0) + line * max((h.count("\n") + 1 for h in heads), default=0)
-    )
+    notes = textwrap.wrap(note, int(width / (1.16 * wide)), break_on_hyphens=False)
+    titles = textwrap.wrap(title, int(width / (1.5 * wide)), break_on_hyphens=False)
+    top = gap + 2 * text * len(titles) + line * max((h.count("\n") + 1 for h in heads), default=0)
     bottom = top + len(cells) * (side + gap)
     sheet = Image.new("RGB", (width, bottom + line * len(notes) + (8 if note else 0)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), title, "black", large)
+    for k, part in enumerate(titles):
+        draw.text((gap, gap + 2 * text * k), part, "black", large)
     draw.multiline_text((gap, bottom + 2), "\n".join(notes), "black", font, spacing=3)
     for c, head in enumerate(heads):
         at = (left + c * (side + gap), top - line * (head.count("\n") + 1) - 2)

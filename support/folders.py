@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from support.progress import notify
 
@@ -52,6 +52,11 @@ def walk(
             notified = True
         folders.sort()
         yield Path(parent), folders, files
+
+
+def refuse(error: OSError) -> NoReturn:
+    """For `walk`: a folder that cannot be read ends it."""
+    raise ValueError(f"{error.filename}: this folder cannot be read ({error.strerror})") from None
 
 
 def named(names: Iterable[Any]) -> str:

@@ -312,10 +312,10 @@ def plan(config: Config, images: Images, folder: Path) -> str:
     """What is about to happen, in a few lines."""
     dataset = images.dataset
     train, normal, abnormal, masks = dataset.counts
-    views = 2 * config.classes * config.batch_size
+    batch = min(config.batch_size, train)
     training = (
         f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
-        f"batches of {config.batch_size} images ({views} views)"
+        f"batches of {batch} images ({2 * config.classes * batch} views)"
     )
     if config.encoder:
         training = f"no pre-training: encoder of {config.encoder}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from support.folders import EXTENSIONS, how_to_convert, named, visible, walk
+from support.folders import EXTENSIONS, how_to_convert, named, refuse, visible, walk
 
 NORMAL = {"good", "normal", "normal_test", "healthy"}
 NORMAL_NAMES = f"normal images lie in a folder called {', '.join(sorted(NORMAL))}"
@@ -120,12 +120,8 @@ def discover(root: str | Path, *, seed: int = 0, training: bool = True) -> Datas
 
 
 def _folders(folder: Path) -> dict[str, Path]:
-    """The visible subfolders, by lower-case name; none of a folder that cannot be read."""
-    try:
-        entries = sorted(folder.iterdir())
-    except PermissionError:
-        return {}
-    return {_key(p.name): p for p in entries if visible(p.name) and p.is_dir()}
+    """The visible subfolders, by lower-case name."""
+    return {_key(p.name): p for p in sorted(folder.iterdir()) if visible(p.name) and p.is_dir()}
 
 
 def _key(name: str) -> str:
@@ -145,7 +141,7 @@ def _composed(name: str) -> str:
 def _images(folder: Path, *, deep: bool = False) -> list[Path]:
     """Image files by their endings, sorted; deep: also in subfolders, but not in those of masks."""
     paths: list[Path] = []
-    for parent, folders, files in walk(folder):
+    for parent, folders, files in walk(folder, refuse):
         paths += [parent / name for name in files if visible(name)]
         folders[:] = [f for f in folders if deep and visible(f) and f.lower() not in MASKS]
     return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS)

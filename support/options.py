@@ -217,10 +217,10 @@ def _check_together(config: Config) -> None:
 def _check_method(config: Config) -> None:
     """raises: ValueError if terms, warm-up or start weights do not go with the method."""
     for name in ("terms", "local_terms"):
-        terms = set(getattr(config, name).split(","))
-        allowed = METHODS[config.method].get(name, ",".join(TERMS)).split(",")
-        if not terms <= set(allowed):
-            wanted = f"a comma-separated list out of {', '.join(allowed)}"
+        given = getattr(config, name).split(",")
+        terms, allowed = set(given), METHODS[config.method].get(name, ",".join(TERMS)).split(",")
+        if not terms <= set(allowed) or len(terms) < len(given):
+            wanted = f"some of {', '.join(allowed)} with commas, each once"
             raise _bad(config, name, f"{wanted} (--method {config.method})")
         if config.warmup_epochs and (config.warmup_epochs >= config.epochs or terms <= CENTRED):
             wanted = f"{option(name)} with one that needs no centres"
@@ -288,11 +288,11 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
     parser.add_argument("--as-printed", action="store_true", help=f"as the paper has it: {printed}")
     parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan alone")
     parser.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="continue this run (default: --out)"
+        "--resume", nargs="?", const=True, metavar="RUN", help="continue this run (default: --out)"
     )
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     for name, value in options.items():
-        if value == "" and name != "resume":  # of a shell's variable that is not set
+        if value == "":  # of a shell's variable that is not set
             parser.error(f"argument {option(name)}: is empty")
         weights = name == "init" and value not in ("auto", "imagenet", "random")
         if name in ("data", "encoder") or weights:
@@ -300,7 +300,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
     if options.pop("as_printed"):
         options = AS_PRINTED | options
     check_encoder(options)
-    return options, options.pop("resume", None)
+    return options, "" if (resume := options.pop("resume", None)) is True else resume
 
 
 def _add_option(group: Any, field: dataclasses.Field) -> None:

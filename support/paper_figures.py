@@ -106,10 +106,11 @@ def draw_views(config: Config) -> Image.Image:
         root = Path(config.data or Path(folder) / "phantom")
         if not config.data:
             phantom.draw(root, train=EXAMPLES, good=2, abnormal=2, size=config.image_size)
-        paths = layouts.discover(root, seed=config.seed).train
-        paths = tuple(paths[i] for i in spread_out(len(paths), EXAMPLES))
-        window = window_of_set(list(paths), config.window, {})
-        images, _ = data.decode(paths, config.image_size, folder, window=window)
+        dataset = layouts.discover(root, seed=config.seed)
+        paths = [dataset.train[i] for i in spread_out(len(dataset.train), EXAMPLES)]
+        window = window_of_set(dataset.images, config.window, {})
+        size, skip = config.image_size, config.skip_bad
+        images, _ = data.decode(paths, size, folder, skip_bad=skip, window=window)
         return views_figure(np.array(images), config, f"{root.name}, {config.method}")
 
 
@@ -349,9 +350,10 @@ def with_key(
     swatches: name -> colour.   scale: of heat maps, drawn as a bar.   words: wrapped, at the end.
     """
     font, line = ImageFont.load_default(TEXT), round(1.4 * TEXT)
-    notes = textwrap.wrap(words, int(figure.width / (0.52 * TEXT)))
+    notes = textwrap.wrap(words, int(figure.width / (0.52 * TEXT)), break_on_hyphens=False)
     rows = len(notes) + bool(swatches) + (scale is not None)
-    sheet = Image.new("RGB", (figure.width, figure.height + line * rows + TEXT), "white")
+    width = max(figure.width, int(sum(3 * TEXT + font.getlength(name) for name in swatches)))
+    sheet = Image.new("RGB", (width, figure.height + line * rows + TEXT), "white")
     sheet.paste(figure, (0, 0))
     draw, y = ImageDraw.Draw(sheet), figure.height + TEXT // 2
     x = 8.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -112,10 +113,12 @@ def _write(text: str, end: str) -> None:
 def _print(text: str, end: str, stream: TextIO) -> None:
     try:
         print(text, end=end, file=stream, flush=True)
-    except OSError:  # its reader has gone, its disk is full
+    except OSError as error:  # its reader has gone, its disk is full
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, stream.fileno())  # or the interpreter complains when it ends
         os.close(silent)
+        if error.errno == errno.ENOSPC and stream is sys.stdout:  # results, not progress
+            raise OSError(error.errno, os.strerror(error.errno), "stdout") from None
 
 
 def size_of(count: float) -> str:

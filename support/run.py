@@ -176,9 +176,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error}); move it away or run again") from None
+        raise ValueError(f"{path}: damaged ({error}); restore it, or move it away") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged (no JSON object); move it away or run again")
+        raise ValueError(f"{path}: damaged (no JSON object); restore it, or move it away")
     return content
 
 

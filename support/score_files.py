@@ -26,8 +26,9 @@ from support import data, figures
 from support.cache import ahead, attempt, complaint
 from support.claim import OURS
 from support.depth import window_of_set
-from support.folders import EXTENSIONS, visible, walk
+from support.folders import EXTENSIONS, named, refuse, visible, walk
 from support.healthy import Healthy
+from support.layouts import MASKS
 from support.new_images import REPORT, NewImages, write_score_report
 from support.progress import notify, ours_alone, progress, show
 from support.run import encoded, make_folder, one_word, real, write_file
@@ -129,6 +130,8 @@ def score_files(
             notify(f"interrupted: {made} has what was scored until then")
         else:
             shutil.rmtree(new[-1] if new else made, ignore_errors=True)  # and the folders above it
+            if made == out and not new:  # it was there before
+                out.mkdir(exist_ok=True)
         raise
     if left_out:
         write_file(made / "left_out.txt", encoded("".join(f"{line}\n" for line in left_out)))
@@ -144,32 +147,32 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
     raises: ValueError if there is no such file, or a folder holds no images.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for path in paths:
-        if path.is_dir():
-            inside = _inside(path)
-            if not inside:
-                raise ValueError(f"{path}: no images in this folder")
-            found |= dict.fromkeys(inside)
-        elif path.exists():
-            found[path] = None
-        else:
+        if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-    return list(found)
+        inside = _inside(path) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path}: no images in this folder")
+        for file in inside:
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
 
 
 def _inside(folder: Path) -> list[Path]:
+    """Images below a folder, but not those in folders of masks and of an earlier scoring."""
     files: list[Path] = []
-    failed: list[str] = []
-    for parent, folders, names in walk(folder, lambda error: failed.append(str(error.filename))):
-        folders[:] = filter(visible, folders)
+    masks: list[Path] = []
+    for parent, folders, names in walk(folder, refuse):
+        masks += [parent / f for f in folders if f.lower() in MASKS]
+        folders[:] = [f for f in folders if visible(f) and f.lower() not in MASKS]
         if REPORT in names:  # the overlays of an earlier scoring
             folders.clear()
             continue
         images = filter(visible, names)
         files += [parent / n for n in images if Path(n).suffix.lower() in EXTENSIONS]
-    if failed:
-        raise ValueError(f"{failed[0]}: this folder cannot be read; score the others by name")
+    if masks:
+        notify(f"folders of masks are not scored: {named(masks)}; name one itself to score it")
     return sorted(files)
 
 
@@ -211,6 +214,9 @@ def place(out: Path | None, folder: Path, paths: Sequence[Path]) -> Path:
             return made
         except FileExistsError:
             number += 1
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{made}: cannot be made ({reason}); name another, --out") from None
 
 
 # --- reading, scoring -----------------------------------------------------------------------------

@@ -604,6 +604,8 @@ def test_what_is_not_used_is_said(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match=f"{closed}: this folder cannot be read"):
+        layouts.discover(root)
     dataset = layouts.Dataset("MVTec", root, (), ())
     assert f"cannot be read: {closed}" in " ".join(checks.check_unused(dataset))
 
@@ -648,6 +650,8 @@ def places(tmp_path_factory, detector_state) -> Path:
         picture(root / f"healthy/{i}.png", i)
     shutil.copytree(mvtec(root / "set"), root / "no-masks")
     shutil.rmtree(root / "no-masks/ground_truth")
+    mask = next(mvtec(root / "bad-mask").rglob("ground_truth/*/*.png"))
+    mask.write_bytes(b"x")
     for name in ("bad", "cut", "piped", "all-bad"):
         (root / name).mkdir()
         if name != "all-bad":
@@ -708,6 +712,7 @@ BAD_SCORINGS = [
     ("run --score bad", UNUSABLE.format(2, "bad/x.png: not an image")),
     ("run --score bad --out a/b", UNUSABLE.format(2, "bad/x.png: not an image")),
     ("run --score cut", UNUSABLE.format(1, "cut/x.png: ")),
+    ("run --score cut --out empty", UNUSABLE.format(1, "cut/x.png: ")),
     ("run --score cut --out a/b --json", UNUSABLE.format(1, "cut/x.png: ")),
     ("run --score tiny.png", UNUSABLE.format(1, "tiny.png: 4 x 40 pixels")),
     ("run --score huge.png", UNUSABLE.format(1, "huge.png: of more than 178 million pixels")),
@@ -736,6 +741,7 @@ BAD_SCORINGS = [
     ("run", "x: the images of run are not there; --data names their place"),
     ("run --data ''", "--data: is empty"),
     *((f"run --data {p}", f"{p}: no such folder") for p in ("x", "file", "pipe", "loop")),
+    ("run --data bad-mask", "files cannot be used: .*ground_truth"),
     ("run --data healthy", "without test images: nothing to measure"),
     ("run --data empty", "found no images"),
     ("run --data set/test/good", "without test images: nothing to measure"),
@@ -760,6 +766,8 @@ BAD_RUNS = [
         "5", "5,5", "5,1", "-5,-9", "-5", "a,b", "1;2", "'1 2'", "0,1e400", "1,,2",
     )),
     *((f"{QUICK} --lr 0 --window {v}", "--lr must be") for v in ("-160,240", "-.5,.5")),
+    (f"{QUICK} --resume ''", "--resume: is empty"),
+    (f"{QUICK} --terms aug,aug", "--terms must be some of .* with commas, each once"),
     ("--data loop --out a", "loop: no such folder"),
     ("--data empty --out a", "empty: found no images"),
     (f"{QUICK} --nonsense 1", "unrecognized arguments: --nonsense"),
@@ -1221,8 +1229,9 @@ def test_another_number_of_threads_is_said(capsys):
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(phantoms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert job.main(["--data", str(phantoms), "--dry-run", *TINY]) == 0
+    assert job.main(["--data", str(phantoms), "--dry-run", "--detector", "padim,dae", *TINY]) == 0
     text = capsys.readouterr().out
+    assert re.search("dae: [0-9]+ steps of 16 images", text), text
     assert "16 healthy training images, 6 normal and 6 abnormal test images, 6 masks" in text
     for part in ("pmsacl: 6 steps of 4 images", "time: about", "memory: about", "disk: up to"):
         assert part in text, text

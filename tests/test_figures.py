@@ -30,6 +30,9 @@ def test_image_grid_holds_its_cells_and_labels():
     bare = np.asarray(figures.image_grid([[red, None], [None, blue]], side=40))
     assert bare.shape == (2 * 46 + 6, 2 * 46 + 6, 3)
     assert (pixels < 60).all(-1).sum() > 20  # the letters
+    titled = [figures.image_grid([[red]], title="word " * n, side=90) for n in (1, 20)]
+    black = [(np.asarray(sheet) < 60).all(-1).sum() for sheet in titled]
+    assert black[1] > 15 * black[0]  # a long title is wrapped, not cut
 
 
 def test_overlay_uses_the_scale_that_is_given():

@@ -177,8 +177,10 @@ def test_what_a_run_lacks_is_said_in_one_line(figure, change, named, drawn, tmp_
 def test_figure_2_needs_healthy_images_alone(tmp_path):
     phantom.draw(tmp_path / "set", train=4, good=2, abnormal=2, size=32)
     healthy = tmp_path / "set/train/good"
+    (healthy / "0000.png").write_bytes(b"x")  # the first of those that are drawn
     command = ["--figure", "2", "--data", str(healthy), "--image-size", "32"]
-    assert experiments.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert experiments.main([*command, "--out", str(tmp_path / "no")]) == 2
+    assert experiments.main([*command, "--skip-bad", "--out", str(tmp_path / "out")]) == 0
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["figure2-good-medmix.png"]
     assert experiments.main(["--figure", "5", *command[2:], "--out", str(tmp_path / "no")]) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -146,3 +147,13 @@ def test_only_the_first_process_speaks(screen, tick, monkeypatch):
     list(shown.progress(range(100), 100, "reading"))
     shown.notify("hello")
     assert screen.getvalue() == ""
+
+
+def test_results_that_a_full_disk_has_no_room_for_are_an_error(monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no full disk on this system")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(shown.sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left on device: 'stdout'"):
+            shown.show("a line")
+        shown.show("another, which nobody sees")

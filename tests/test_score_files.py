@@ -240,8 +240,10 @@ def test_hidden_folders_are_not_scored_and_unreadable_ones_are_named(run, new, m
     (new / "scored/report_scored.html").touch()
     for name in "edc":
         grey(new / f"{name}.png", 9)
-    files = score_files.image_files([new])
+    grey(new / "Masks/a.png", 9)
+    files = score_files.image_files([new, new / "inside/../e.png"])
     assert len(files) == 6 and files == sorted(files)
+    assert score_files.image_files([new / "Masks"]) == [new / "Masks/a.png"]
 
     def walk(folder, failed):
         failed(PermissionError(13, "Permission denied", str(folder / "secret")))
