@@ -79,7 +79,7 @@ def _trainings(config: Any, count: int) -> Iterator[Any]:
                 model.sigma2.fill_(1.0)
                 model.mu.fill_(0.0)
             yield of_igd
-    for name in set(chosen(config.detector)) & set(COMPARED):
+    for name in filter(COMPARED.__contains__, chosen(config.detector)):
         detector = build(name, ResNet18(), dataclasses.asdict(config))
         for training in detector.trainings(images[: detector.batch_size]):
             training.total *= max(1, count // training.images)  # a step was an epoch
