@@ -127,16 +127,22 @@ def score_files(
                 pass
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and (made / "scores.csv").exists():
+            _tell_left_out(left_out, made)
             notify(f"interrupted: {made} has what was scored until then")
         else:
             shutil.rmtree(new[-1] if new else made, ignore_errors=True)  # and the folders above it
             if made == out and not new:  # it was there before
                 out.mkdir(exist_ok=True)
         raise
+    _tell_left_out(left_out, made)
+    notify(f"scores.csv, overlays and {REPORT} are in {made}")
+
+
+def _tell_left_out(left_out: Sequence[str], made: Path) -> None:
+    """On the screen and in left_out.txt: what --skip-bad has left out."""
     if left_out:
         write_file(made / "left_out.txt", encoded("".join(f"{line}\n" for line in left_out)))
     data.tell(left_out, f"{made / 'left_out.txt'} names all of them")
-    notify(f"scores.csv, overlays and {REPORT} are in {made}")
 
 
 # --- which files, and where the scores go ---------------------------------------------------------

@@ -210,8 +210,12 @@ def test_an_interruption_keeps_what_was_scored(run, new, capsys, monkeypatch):
     monkeypatch.setattr(Bright, "score", interrupted)
     monkeypatch.setattr(evaluation, "load", lambda path, device: Bright())
     (run / "detector_f_beta.pt").unlink()
-    assert evaluation.main([str(run), "--score", str(new), "--batch-size", "2"]) == 130
-    assert "has what was scored until then" in capsys.readouterr().err
+    (new / "0.png").write_text("no image")
+    command = [str(run), "--score", str(new), "--batch-size", "2", "--skip-bad"]
+    assert evaluation.main(command) == 130
+    said = capsys.readouterr().err
+    assert "has what was scored until then" in said and "start over" not in said
+    assert "0.png" in (run / "scored/left_out.txt").read_text()
     assert len(rows_of(run / "scored")) == 2 and (run / "scored/report_scored.html").exists()
     assert not list(run.rglob("*.partial"))
 
