@@ -35,7 +35,8 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, up: bool) -> None:
         super().__init__()
-        self.up, hidden = up, outputs if up else inputs
+        self.up = up
+        hidden = outputs if up else inputs
         self.norm1 = nn.BatchNorm2d(inputs) if up else nn.GroupNorm(1, inputs)
         self.conv1 = nn.Conv2d(inputs, hidden, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(hidden) if up else nn.GroupNorm(1, hidden)
@@ -54,7 +55,7 @@ class Block(nn.Module):
 def widths(size: int, width: int) -> tuple[int, list[int]]:
     """Side of the smallest map and channels from the image to it: 32 px -> 4, [w, 2w, 4w, 8w].
 
-    The side is halved while it stays even and 4 or more: 3, 4, 5, 6 times for 32, 64, 128, 256.
+    The side is halved while it is even and 8 or more: 3, 4, 5, 6 times for 32, 64, 128, 256.
     """
     side, channels = size, [width]
     while side % 2 == 0 and side >= 8:
@@ -70,7 +71,7 @@ class AutoEncoder(nn.Module):
     backbone:  copied.
     size:      S of the images or patches.
     width:     channels at full size.
-    generator: of the start weights.
+    generator: of the initial weights.
     """
 
     mu: Tensor  # (Z,)
@@ -177,8 +178,8 @@ def interpolate(z: Tensor, alpha: Tensor) -> Tensor:
 
 
 def critic_loss(of_mixture: Tensor, alpha: Tensor, of_blend: Tensor) -> Tensor:
-    """E (d(g(z_alpha)) - alpha)^2 + E d(gamma x + (1 - gamma) x~)^2: tell how mixed.   [I:critic]
+    """E (d(g(z_alpha)) - alpha)^2 + E d(gamma x + (1 - gamma) x~)^2: tell the share.   [I:critic]
 
     of_mixture, alpha, of_blend: (B,).   returns: scalar.
     """
-    return (of_mixture - alpha).square().mean() + of_blend.square().mean()
+    return (of_mixture.view_as(alpha) - alpha).square().mean() + of_blend.square().mean()

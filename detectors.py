@@ -80,7 +80,7 @@ def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
     """W_p, the inverse of the Cholesky factor of Sigma_p = scatter_p / (N - 1) + eps I.   [D:(1)]
 
     W^T W = Sigma^-1. The factor and its inverse are float64 and only the result is rounded: a
-    float32 inverse of an ill-conditioned covariance is off by up to 6%, this by 3e-7.
+    float32 inverse makes distances wrong by up to 6% where Sigma is ill-conditioned, this by 3e-7.
 
     scatter: (P, D, D) float64.
     count:   N; 1/(N - 1) is the unbiased estimate.
@@ -105,11 +105,11 @@ def whitening(scatter: Tensor, count: int, eps: float) -> Tensor:
 
 
 def block_rows(w: Tensor) -> list[Tensor]:
-    """Four block rows of W, each up to its last column that is not zero: 5/8 of the memory.
+    """Four blocks of rows of W, each cut after its last nonzero column: 5/8 of the memory.
 
-    A CPU needs W's 164 MB (256 px) for every image. Transposed, they lie as a vector meets them.
+    A CPU reads W, 164 MB at 256 px, for every image. Transposed, x @ block reads it in order.
 
-    w: (P, D, D), lower triangular.   returns: (P, j, i) each, rows j - i to j.
+    w: (P, D, D), lower triangular.   returns: (P, j, j - i) each: rows i to j, transposed.
     """
     edges = [w.shape[1] * k // 4 for k in range(5)]
     return [w[:, i:j, :j].mT.contiguous() for i, j in itertools.pairwise(edges)]
@@ -170,6 +170,8 @@ class PaDiM:
         sigma: float = 4.0,
         seed: int = 0,
     ) -> None:
+        if not isinstance(backbone, ResNet18):
+            raise ValueError(f"backbone must be a ResNet18, as Encoder's, got {type(backbone)}")
         if not 1 <= channels <= sum(LAYERS):
             raise ValueError(f"channels must be 1 to {sum(LAYERS)}, got {channels}")
         if not (eps >= 0 and sigma >= 0 and math.isfinite(eps + sigma)):
@@ -244,7 +246,8 @@ class PaDiM:
             images = images[n * rank // processes : n * (rank + 1) // processes]
         starts = track(range(0, len(images), IMAGES))
         batches = (self.embeddings(images[k : k + IMAGES]) for k in starts)
-        count, mean, scatter = moments(batches, group)
+        with torch.autocast(self.device.type, enabled=False):
+            count, mean, scatter = moments(batches, group)
         p = slice(len(mean) * rank // processes, len(mean) * (rank + 1) // processes)
         w = whitening(scatter[p], count, self.eps)
         if group:  # each has the factors of its positions
@@ -268,22 +271,22 @@ class PaDiM:
         if images.shape[-1] != self.size:
             raise ValueError(f"images must be {self.size} pixels a side, got {images.shape[-1]}")
         maps = torch.empty(len(images), self.size, self.size, device=self.device)
-        for k in range(0, len(images), IMAGES):
-            x = self.embeddings(images[k : k + IMAGES])  # (B, P, D)
-            s = mahalanobis(x, self.mean, self.whitening, rows=self.rows)  # (B, P)
-            s = s.unflatten(1, (-1, self.upsampling.shape[1]))  # (B, h, h)
-            maps[k : k + IMAGES] = self.upsampling @ s @ self.upsampling.T  # (B, S, S)
+        with torch.autocast(self.device.type, enabled=False):
+            for k in range(0, len(images), IMAGES):
+                x = self.embeddings(images[k : k + IMAGES])  # (B, P, D)
+                s = mahalanobis(x, self.mean, self.whitening, rows=self.rows)  # (B, P)
+                s = s.unflatten(1, (-1, self.upsampling.shape[1]))  # (B, h, h)
+                maps[k : k + IMAGES] = self.upsampling @ s @ self.upsampling.T  # (B, S, S)
         return maps, maps.amax(dim=(1, 2))
 
     def save(self, path: str | Path) -> None:
-        """Write one file that holds everything, the network too; `of` reads what it holds."""
+        """Write one file with everything, the network too: `of(torch.load(path))` reads it."""
         if self.size == 0:
             raise ValueError("PaDiM has to be fitted before it is saved")
         lower = torch.tril_indices(*self.whitening.shape[1:])
         state = {name: getattr(self, name) for name in ("channels", "eps", "sigma", "size", "mean")}
-        state |= {"kind": "padim", "backbone": self.backbone.state_dict()}
         state["whitening"] = self.whitening[:, lower[0], lower[1]]  # (P, D (D + 1) / 2)
-        torch.save(state, path)
+        torch.save(state | {"kind": "padim", "backbone": self.backbone.state_dict()}, path)
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> PaDiM:

@@ -27,19 +27,21 @@ IMAGENET = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])[:, :, No
 def to_unit(images: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
     """Convert uint8 or float images to float32 in [0, 1] on the device.
 
-    images:  (B, 3, S, S), uint8 in 0..255 or floating in [0, 1].
+    images:  (B, 3, S, S), uint8 in 0..255 or floating in [0, 1]; others raise ValueError.
     returns: (B, 3, S, S) float32.
     """
     on_cpu = torch.device(device).type == "cpu"
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.array(images))  # a copy: memory-maps are read-only
         images = images if on_cpu else images.pin_memory()  # else the next line would wait
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floating in [0, 1], got {images.dtype}")
     images = images.to(device, non_blocking=not on_cpu)
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def normalise(x: Tensor) -> Tensor:
-    """(x - mean) / std per channel, with ImageNet's statistics whatever the start weights.
+    """(x - mean) / std per channel, with ImageNet's statistics whatever the initial weights.
 
     x: (B, 3, S, S) in [0, 1].   returns: (B, 3, S, S), about zero mean and unit variance.
     """
@@ -51,8 +53,8 @@ class Conv3x3(nn.Conv2d):
     """3 x 3 convolution with padding 1; on maps of 1 x 1 or 2 x 2 pixels, as linear layers.
 
     layer4's maps are that small for images of 32 and 64 px, and 8/9 or 5/9 of a convolution's
-    products there are with padding. Here each output pixel is a linear layer on the whole map, with
-    the part of the kernel that lies on it: the same sum, in another order.
+    products there are with the padding. Here each output pixel is a linear layer on the whole map,
+    with the part of the kernel that lies on it: the same sum, in another order.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -93,7 +95,7 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """ResNet-18 whose state dict is torchvision's `resnet18`, name by name and shape by shape.
 
-    generator: where the start weights are drawn from; None leaves a fixed seed of 0.
+    generator: where the initial weights are drawn from; None: a fixed seed of 0.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -114,11 +116,8 @@ class ResNet18(nn.Module):
         """
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, 3, 2, 1)  # (B, 64, S/4, S/4)
-        outputs = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
-            x = layer(x)
-            outputs.append(x)
-        return outputs
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4)[:last]
+        return [x := layer(x) for layer in layers]
 
     def pooled(self, x: Tensor) -> Tensor:
         """Mean of layer4 over its positions: (B, 3, S, S) normalised -> (B, 512)."""
@@ -130,10 +129,7 @@ class ResNet18(nn.Module):
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """He et al.'s normal for convolutions, uniform(-1/sqrt(in), 1/sqrt(in)) for linear layers.
-
-    The distributions are torchvision's; the draws come from `generator` alone.
-    """
+    """Draw the weights as torchvision does, from `generator`; convolutions here have no bias."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, 0, "fan_out", "relu", generator)
@@ -150,7 +146,7 @@ class Encoder(nn.Module):
     classes:   A, that f_beta tells apart.
     features:  "unit" scales z to length 1, "raw" leaves it as printed.
     aug_head:  what f_beta sees: "backbone" (512-d) or "projection" (z).   [P!(8) R17]
-    generator: of the start weights; None: a fixed seed of 0, whatever torch.manual_seed says.
+    generator: of the initial weights; None: a fixed seed of 0, whatever torch.manual_seed says.
     """
 
     def __init__(
@@ -178,11 +174,11 @@ class Encoder(nn.Module):
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z = f_theta(x) and the pooled backbone features h that it is made from.
 
-        x:       (B, 3, S, S) in [0, 1].
+        x:       (B, 3, S, S), uint8 or floating in [0, 1].
         returns: z (B, Z), h (B, 512), float32.
         """
         with autocast(x.device):
-            h = self.backbone.pooled(normalise(x))
+            h = self.backbone.pooled(normalise(to_unit(x, x.device)))
             z, h = self.head(h).float(), h.float()
         return (F.normalize(z, dim=1) if self.features == "unit" else z), h
 
@@ -214,6 +210,6 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def seeded(*key: int) -> torch.Generator:
-    """A generator on the CPU for a key such as (seed, purpose, step): no two keys share draws."""
+    """A generator on the CPU for a key such as (seed, purpose, step), each below 2^32."""
     words = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))

@@ -93,7 +93,7 @@ class IGD:
     epochs: int = 256  # of the global model                                    [I:code]
     local_epochs: int = 256  # of the local model, over all patches             [I:code]
     batch_size: int = 16  # images in a step of the global model
-    patches: int = 450  # in a step of the local model: 2 x 225                 [I:code]
+    patches: int = 450  # in a step of the local model, those of 2 images of 256 px [I:code]
     stride: int = 16  # pixels between patches                                  [I:code]
     width: int = 64  # channels of decoder and critic at full size              [I:code]
     lr: float = 1e-4  # of Adam, at the start                                   [I:code]
@@ -128,6 +128,7 @@ class IGD:
         wrong = [name for name in shares if not 0 <= settings[name] <= 1]
         wrong += [name for name in positive if not 0 < settings[name] < math.inf]
         wrong += [name for name in ("batch_size", "patches") if settings[name] < 2]
+        wrong += ["stride"] * (self.stride > PATCH)  # heat maps would have gaps
         zero = ("sigma2_least", "encoder_lr")  # may be 0
         wrong += [name for name in zero if not 0 <= settings[name] < math.inf]
         wrong += ["heat_map"] * (self.heat_map not in ("patch", "residual"))
@@ -152,14 +153,14 @@ class IGD:
         """
         for training in self.trainings(images):
             for i in track(range(training.total)):
-                loss = torch.stack(list((terms := training.losses()).values())).sum()
-                if not loss.isfinite():
+                terms = training.losses()
+                if not (loss := torch.stack(list(terms.values())).sum()).isfinite():
                     raise FloatingPointError(f"{training.name}: loss {loss} in step {i}; lower lr")
                 training.update(terms)
         return self
 
     def trainings(self, images: ArrayLike | Tensor, group: Group = None) -> Iterator[Training]:
-        """The training of each model, for a caller who keeps checkpoints; a group shares a step."""
+        """The training of each model, for a caller who keeps checkpoints; a group shares it."""
         images, least = self._array_of_images(images), 2 * (group.size() if group else 1)
         if len(images) < least:
             raise ValueError(f"IGD needs N >= {least} training images, got N={len(images)}")
@@ -232,7 +233,7 @@ class IGD:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write one file that holds everything, the networks too; `of` reads what it holds."""
+        """Write one file with everything, the networks too: `of(torch.load(path))` reads it."""
         models = {name: model.state_dict() for name, model in self.models.items()}
         torch.save({"kind": "igd", "settings": self.settings(), "models": models}, path)
 

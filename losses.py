@@ -5,7 +5,7 @@ and Segmentation in Medical Images". `[P:(4)]` tags an equation of that paper; `
 a place that row R2 of docs/deviations.md completes or corrects. Eq. 1, their sum, is in pmsacl.py;
 kernels/contrastive.py has a Triton kernel for eq. 4-7, whose definition is here.
 
-Sizes: A classes (n: n fake lesions), B images, N = 2 A B views, R queries, Z features, S pixels.
+Sizes: A classes (n fake lesions in A_n), B images, N = 2 A B views, R queries, Z features, S px.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-4  # least norm in eq. 6, whose norm eq. 3 drives to zero                     [P!(6) R6]
-PAIRS = 2**22  # similarities held at once: 16 MiB in float32
+PAIRS = 2**22  # similarities of a block; with its gradient it takes some 6 times 16 MiB
 PATCH = 32  # pixels a side of eq. 9's patches                                          [P:§4.2]
 # (dy, dx) of the eight neighbours, p = 0..7, clockwise from the top left
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
@@ -50,7 +50,7 @@ def multi_centring_loss(z: Tensor, n: Tensor, c: Tensor) -> Tensor:
 
     z: (N, Z) features of the views.   n: (N,) int64 class ids.   c: (A, Z) centres of eq. 2.
     """
-    return (z - c[n]).square().sum(dim=1).mean()
+    return (z - c[n.view(len(z))]).square().sum(dim=1).mean()  # of another shape it would broadcast
 
 
 def contrastive_loss(
@@ -64,7 +64,7 @@ def contrastive_loss(
     positive_scale: str | float = "kappa",
     rows: tuple[int, int] | None = None,
 ) -> Tensor:
-    """l_PMSACL = E_i l_i, the mean of `contrastive_losses`, a scalar.   [P:(4)]"""
+    """l_PMSACL = E_i l_i, the mean of `contrastive_losses`, whose arguments it takes.   [P:(4)]"""
     return contrastive_losses(
         z, n, pair, c, tau=tau, alpha=alpha, positive_scale=positive_scale, rows=rows
     ).mean()
@@ -83,12 +83,12 @@ def contrastive_losses(
 ) -> Tensor:
     """l_i = -log [ exp(s f_i.f_pair(i)) / sum_{j != i} exp(kappa(n_i, n_j) f_i.f_j) ].
 
-    [P!(5) R2]. Where R N passes PAIRS, blocks of rows are computed one after the other, and again
+    [P!(5) R2]. Where R N exceeds PAIRS, blocks of rows are computed one after the other, and again
     in the backward pass: memory is linear in N.
 
-    z, n, c: as in eq. 3; 16-bit z are converted to float32.
+    z, n, c: (N, Z), (N,) int64, (A, Z), as in eq. 3; 16-bit z are converted to float32.
     pair:    (N,) int64, the row of the same strong image's other weak view; not checked here.
-    tau, alpha, positive_scale: as `kappas` takes them.   [P!(7) R3]
+    tau, alpha, positive_scale: as `kappas` takes them, or raises for them.   [P!(7) R3]
     rows:    (start, stop), the queries; None: all N. The denominator always has all N.
     returns: (R,), float32 or float64.
     """
@@ -106,9 +106,9 @@ def contrastive_losses(
 
 def _rows_of_eq_5(f, n, pair, kappa, start, stop):
     """[P:(5)] of the views start <= i < stop: (stop - start,)."""
-    (same, different, positive), f_i = kappa, f[start:stop]
+    same, different, positive = (f.new_full((), k) for k in kappa)  # of f's own dtype
     j = torch.arange(len(f), device=f.device)
-    i = j[start:stop]
+    i, f_i = j[start:stop], f[start:stop]
     kappa_ij = torch.where(n[i, None] == n[None, :], same, different)  # (R, N)  [P:(7)]
     s_ij = (kappa_ij * (f_i @ f.T)).masked_fill(i[:, None] == j, -math.inf)  # (R, N), i != j
     return s_ij.logsumexp(dim=1) - positive * (f_i * f[pair[i]]).sum(dim=1)
@@ -116,7 +116,7 @@ def _rows_of_eq_5(f, n, pair, kappa, start, stop):
 
 def centred_features(z: Tensor, n: Tensor, c: Tensor) -> Tensor:
     """f_i = (z_i - c_n(i)) / max(|z_i - c_n(i)|_2, EPS): (N, Z).   [P!(6) R6]"""
-    u = z - c[n]  # (N, Z)
+    u = z - c[n.view(len(z))]  # (N, Z)
     return u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(EPS)
 
 
@@ -130,11 +130,9 @@ def kappas(tau: float, alpha: float, positive_scale: str | float) -> tuple[float
     if not (tau > 0 and alpha > 0 and math.isfinite(1 / tau) and math.isfinite(1 / (alpha * tau))):
         raise ValueError(f"tau and alpha must be positive and finite, got {tau=} and {alpha=}")
     same, different = 1 / (alpha * tau), 1 / tau
-    if positive_scale == "kappa":
-        return same, different, same
-    if positive_scale == "tau":
-        return same, different, different
-    if isinstance(positive_scale, str) or not math.isfinite(positive_scale):
+    if positive_scale in ("kappa", "tau"):
+        return same, different, same if positive_scale == "kappa" else different
+    if isinstance(positive_scale, str | bool | None) or not math.isfinite(positive_scale):
         raise ValueError(f'positive_scale: "kappa", "tau" or a number, got {positive_scale!r}')
     return same, different, float(positive_scale)
 
@@ -162,12 +160,14 @@ def patch_pairs(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     first patch is drawn among the places that leave room for it.
 
     x:       (B, 3, S, S).
-    returns: patches (B, 3, 32, 32), neighbours (B, 3, 32, 32), p (B,) int64.
-    raises:  ValueError if S < 63, where 32 + 31 px do not fit.
+    returns: patches (B, 3, 32, 32), neighbours (B, 3, 32, 32), p (B,) int64: which of the eight.
+    raises:  ValueError for other shapes, or if S < 63, where 32 + 31 px do not fit.
     """
-    b, _, s, _ = x.shape
-    if s < 2 * PATCH - 1:
-        raise ValueError(f"[P:(9)] needs images of {2 * PATCH - 1} px or more a side, got {s}")
+    b, _, s, width = x.shape
+    if not 2 * PATCH - 1 <= s == width:
+        raise ValueError(
+            f"[P:(9)] needs square images, {2 * PATCH - 1} px or more, got {s}, {width}"
+        )
     p = torch.randint(8, (b,), generator=generator, device=generator.device)
     distance = 24 + torch.randint(8, (b, 2), generator=generator, device=generator.device)
     place = torch.rand(b, 2, generator=generator, device=generator.device)

@@ -28,10 +28,9 @@ def _array(values: Any) -> Array:
 
 
 def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array, Array]:
-    """How many negatives lie above, and how many at or above, each (sorted) positive score.
+    """How many negatives lie above, and at or above, each of the sorted positive (P,): int64 (P,).
 
-    positive:  (P,) sorted.   negatives: blocks of scores, of which one is in memory at a time.
-    returns:   above (P,) and reached (P,), int64.
+    negatives: blocks of scores, of which one is in memory at a time.
     """
     above, reached = np.zeros((2, len(positive)), np.int64)
     for block in negatives:
@@ -46,7 +45,7 @@ def _negatives_above(positive: Array, negatives: Iterable[Array]) -> tuple[Array
 def auroc(scores: Values, labels: Values) -> float:
     """P(s+ > s-) + 1/2 P(s+ = s-), the area under the ROC curve (ties by midrank).   [P:§4.3]
 
-    scores, labels: of one shape, images' or pixels'; labels are true or 1 where abnormal.
+    scores, labels: of one size and order, images' or pixels'; labels are true where abnormal.
     returns: the exact ratio of pairs, rounded once.
     """
     s, y = _both_classes(scores, labels)
@@ -58,14 +57,12 @@ def auroc(scores: Values, labels: Values) -> float:
 
 def _both_classes(scores: Values, labels: Values) -> tuple[Array, Array]:
     """Scores and labels as flat arrays; raises unless both classes are there and none is NaN."""
-    s, y = _array(scores).ravel(), _array(labels).ravel().astype(bool)
-    if s.shape != y.shape:
-        raise ValueError(f"{s.size} scores for {y.size} labels; there must be one for each")
-    if not 0 < (positives := int(y.sum())) < y.size:
-        raise ValueError(
-            f"a measure needs normal and abnormal cases, got {y.size - positives} normal and "
-            f"{positives} abnormal"
-        )
+    s, y = _array(scores).ravel(), _array(labels).ravel()
+    if s.shape != y.shape or (y != y).any():  # NaN differs from itself
+        raise ValueError(f"{s.size} scores for {y.size} labels; there must be one for each, no NaN")
+    if not 0 < (positives := int((y := y.astype(bool)).sum())) < y.size:
+        counts = f"{y.size - positives} normal and {positives} abnormal"
+        raise ValueError(f"a measure needs normal and abnormal cases, got {counts}")
     if np.isnan(s.min()):
         raise ValueError(f"{int(np.isnan(s).sum())} of {s.size} scores are NaN")
     return s, y
@@ -78,18 +75,12 @@ def confusion(scores: Values, labels: Values, threshold: float) -> dict[str, flo
     """
     s, y = _both_classes(scores, labels)
     correct = (s >= threshold) == y
-    return {
-        "specificity": float(correct[~y].mean()),
-        "sensitivity": float(correct[y].mean()),
-        "accuracy": float(correct.mean()),
-    }
+    parts = {"specificity": ~y, "sensitivity": y, "accuracy": slice(None)}
+    return {name: float(correct[part].mean()) for name, part in parts.items()}
 
 
 def youden_threshold(scores: Values, labels: Values) -> float:
-    """argmax_t J(t) = sensitivity(t) + specificity(t) - 1.   [P!§4.3 R8]
-
-    returns: one of the scores; of several with the same J the highest (fewest false alarms).
-    """
+    """argmax J(t) = sensitivity(t) + specificity(t) - 1, the highest such score t.   [P!§4.3 R8]"""
     s, y = _both_classes(scores, labels)
     t = np.unique(s)[::-1]  # (T,) from strict to lax
     hits = y.sum() - np.searchsorted(np.sort(s[y]), t, "left")
@@ -101,7 +92,7 @@ def youden_threshold(scores: Values, labels: Values) -> float:
 def _regions(pred: Values, mask: Values) -> tuple[Array, Array]:
     """raises: ValueError unless they have one shape and the prediction is bool or 0 and 1."""
     p, m = _array(pred), _array(mask)
-    if p.shape != m.shape or p.dtype.kind == "f":
+    if p.shape != m.shape or p.dtype.kind == "f" or p.max(initial=0) > 1:
         raise ValueError(f"predictions {p.dtype} {p.shape} for masks of shape {m.shape}")
     return p.astype(bool), m.astype(bool)
 
@@ -134,7 +125,7 @@ def components(masks: Values) -> tuple[Array, int]:
     """
     n, h, w = (masks := _array(masks)).shape
     padded = np.zeros((n * h, w + 2), np.int8)
-    padded[:, 1:-1] = masks.reshape(n * h, w)
+    padded[:, 1:-1] = masks.reshape(n * h, w) != 0
     edge = np.diff(padded, axis=1)
     row, start = np.nonzero(edge == 1)  # (R,) runs [start, end) of a row
     end = np.nonzero(edge == -1)[1]
@@ -163,6 +154,7 @@ def aupro(maps: Values, masks: Values, fpr_limit: float = FPR_LIMIT) -> float:
     Bergmann et al. 2020: the C_k are the 8-connected regions of all masks, FPR(t) the fraction of
     normal pixels with s >= t. The curve is joined by straight lines between distinct thresholds
     (so tied pixels enter together) and cut at the limit by interpolation.
+
     maps:      (N, S, S) scores.
     masks:     (N, S, S) bool, all false for a normal image.
     fpr_limit: l, in (0, 1].   returns: in [0, 1].
@@ -171,20 +163,30 @@ def aupro(maps: Values, masks: Values, fpr_limit: float = FPR_LIMIT) -> float:
     return pixel_measures(maps, masks, np.arange(len(maps)), fpr_limit)[1]
 
 
+def _images(maps: Values, masks: Values, index: Values) -> tuple[Array, Array, Array]:
+    """Maps and masks (N, S, S) as arrays, and the numbers of the chosen images; raises for none."""
+    maps, masks, index = map(_array, (maps, masks, index))
+    if maps.shape != masks.shape or maps.ndim != 3:
+        raise ValueError(f"maps and masks must be (N, S, S), got {maps.shape} and {masks.shape}")
+    if not len(index := np.arange(len(maps))[index if len(index) else slice(0)]):
+        raise ValueError("no images to measure")
+    return maps, masks, index
+
+
 def pixel_measures(
     maps: Values, masks: Values, index: Values, fpr_limit: float = FPR_LIMIT
 ) -> tuple[float, float]:
-    """Pixel AUROC and AUPRO of the images `index` (numbers or bool), from one sort of the normal.
+    """Pixel AUROC and AUPRO of some images, from one sort of the normal pixels.
 
     A lesion pixel of score s enters the PRO curve while FPR goes from a (normal pixels above s)
     to b (at or above s), as a ramp of height w = 1 / (K |C_k|); its area up to the limit l is
     w (l - (a + b) / 2) if b <= l, w (l - a)^2 / 2 (b - a) if a < l < b, and 0 beyond.
+
+    index: the images, as numbers or N bools.   maps, masks, fpr_limit, raises: as in `aupro`.
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
-    maps, masks, index = _array(maps), _array(masks), np.arange(len(maps))[_array(index)]
-    if maps.shape != masks.shape:
-        raise ValueError(f"maps of shape {maps.shape} for masks of shape {masks.shape}")
+    maps, masks, index = _images(maps, masks, index)
     size = max(1, SORTED // max(1, maps[:1].size))
     blocks = [index[k : k + size] for k in range(0, len(index), size)]
     scores, weights, lesions = [], [], 0
@@ -218,12 +220,10 @@ def dice_threshold(
 ) -> tuple[float, float]:
     """argmax_t mean_i Dice(s_i >= t, M_i) over the images in `index`, and that mean.   [P!§4.3 R9]
 
-    Tried are `levels` of their distinct scores (of 4 million or so, if more), at even ranks.
-    returns: the threshold (the highest of several) and the mean Dice there.
+    It tries `levels` of their distinct scores (of 4 million or so, if more), at even ranks.
+    returns: the threshold (the highest of several) and the mean Dice there; raises as `aupro`.
     """
-    maps, masks, index = _array(maps), _array(masks), np.arange(len(maps))[_array(index)]
-    if not len(index):
-        raise ValueError("no images to set a threshold from")
+    maps, masks, index = _images(maps, masks, index)
     size = maps[0].size
     step = (len(index) * size >> 22) | 1  # 4 M scores suffice to rank by; odd, to meet all columns
     pooled = np.unique(np.concatenate([np.ravel(maps[i])[i % step :: step] for i in index]))
@@ -235,6 +235,6 @@ def dice_threshold(
         if np.isnan(ranked[-1]):
             raise ValueError("a score is NaN")
         hits = len(inside) - np.searchsorted(inside, t, "left")
-        predicted = size - np.searchsorted(ranked, t, "left")
-        total += 2 * hits / np.maximum(predicted + len(inside), 1)
+        both = size - np.searchsorted(ranked, t, "left") + len(inside)  # |P| + |M|
+        total += np.where(both > 0, 2 * hits / np.maximum(both, 1), 1.0)
     return float(t[total.argmax()]), float(total.max() / len(index))

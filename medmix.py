@@ -1,7 +1,7 @@
 """A_n, MedMix: n fake lesions on each image of a batch.  [P:§3.1] [P:§4.2]
 
-B images of S x S pixels in [0, 1]; A classes; N outputs. Rank by rank, the largest lesion of each
-image first: K images have a lesion of the rank, and the longest side of these is s pixels.
+B images of S x S pixels in [0, 1]; A classes; N outputs. Lesions are pasted rank by rank, rank 0
+being each image's largest: K outputs have one of the rank, and s is their longest side in pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOG_ASPECT = (-math.log(3), math.log(3))  # of a lesion's height / width  [P!§4
 JITTER = (0.6, 0.6, 0.6, 0.1)  # brightness, contrast, saturation, hue
 NOISE = (0.03, 0.12)  # standard deviation
 EDGE = 0.25  # width of a lesion's soft edge, in half-sides
-# The wave's one end, three control points, other end: lowest height, its spread, direction of push
+# The wave's five points from top to bottom: least height, its spread, direction of the push
 WAVE = ((-1, -5 / 6, -1 / 6, 1 / 2, 1), (0, 1 / 3, 1 / 3, 1 / 3, 0), (0, 1, -1, 1, 0))
 PLACES = 16  # tried for each lesion
 
@@ -39,14 +39,15 @@ def medmix(
     Each is a patch of a random other image of the batch, altered by colour jitter, Gaussian noise,
     fisheye and horizontal wave, each with probability p, and pasted at a random place through a
     soft elliptic or rectangular mask. Its box has an area uniform between min_area and max_area of
-    the image. Of PLACES places the one that overlaps the image's earlier lesions least is taken.
+    the image, with sides rounded to 3 to S pixels. Of PLACES places the one that overlaps the
+    image's earlier lesions least is taken.
 
-    x:            (B, 3, S, S) float in [0, 1], B >= 2 unless all of n are 0.
+    x:            (B, 3, S, S) float32 or float64 in [0, 1], B >= 2 unless all of n are 0.
     n:            (N,) integers in 0..A-1, N a multiple of B; output i comes from image i % B.
     classes:      A; None reads it from n.
     p:            probability of each of the four alterations.
     at_least_one: if none of the four fires, one is drawn: an unaltered patch is not a lesion.
-    returns:      x' (N, 3, S, S) and mask (N, 1, S, S), where a lesion may have changed x.
+    returns:      x' (N, 3, S, S) and mask (N, 1, S, S) bool, where a lesion may have changed x.
     raises:       ValueError for other shapes or numbers of lesions; pixels are not checked.
     """
     if not 0 <= p <= 1:
@@ -98,8 +99,8 @@ def lesions(
 
 
 def squares(image: Tensor, box: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A square around each box: `at` (K, 3, s, s), where it lies in the flat outputs; and
-    v, u (K, s, s), half-heights and half-widths from the middle of the box.
+    """A square around each box: `at` (K, 3, s, s), its pixels' indices in the flattened outputs;
+    and v, u (K, s, s), half-heights and half-widths from the middle of the box.
     """
     side, s = x.shape[3], int(box[:, 2:].max())
     first = box[:, :2].clamp(max=side - s)  # the square lies inside the image
@@ -113,7 +114,7 @@ def squares(image: Tensor, box: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def opacity(v: Tensor, u: Tensor, ellipse: Tensor) -> Tensor:
-    """(K, 1, s, s): 0 on the lesion's outline, an ellipse or a rectangle, to 1 inside; smooth."""
+    """(K, 1, s, s): from 0 on the lesion's outline (ellipse or rectangle) smoothly to 1 inside."""
     r = torch.where(moved(ellipse, v)[:, None, None], v.hypot(u), v.abs().maximum(u.abs()))
     t = ((1 - r) / EDGE).clamp_(0, 1)
     return (t * t * (3 - 2 * t))[:, None]
@@ -172,7 +173,7 @@ def cut(
 
 
 def add_noise(x: Tensor, std: Tensor, generator: Generator) -> Tensor:
-    """x + std e, clipped; std is (B,), e ~ N(0, 1) for each pixel, so grey images stay grey."""
+    """x + std e, clipped; std (B,), e ~ N(0, 1) the same in all channels: grey images stay grey."""
     if x.device != generator.device:  # so many numbers are drawn where they are used
         generator = Generator(x.device).manual_seed(int(uniform(generator, 0, 2**62)))
     e = torch.randn(len(x), 1, *x.shape[2:], generator=generator, device=x.device)

@@ -133,9 +133,9 @@ def loss_terms(
 # --- the procedure: centres, then stochastic gradient descent ----------------------------------
 
 HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pretext task
-WATCHED_VIEWS = 400  # of these, or more: an accuracy of 0.25 then has a deviation of 0.02
+WATCHED_VIEWS = 400  # of these, or more: an accuracy of 0.25 then has a standard error of 0.02
 SETTLED = 30  # steps before batch norm's running averages, and so the spread of z, are reliable
-MEASURED = 50  # times or so in a run: how well fake lesions are found
+MEASURED = 20  # times or so in a run: how well fake lesions are found, in seconds on a CPU
 RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
 
 
@@ -161,16 +161,16 @@ class Pretraining:
         self.device = torch.device(config.device)
         self.pixels = resident(images, self.device)
         self.rank, self.world = ranks()
-        n = len(images)
-        held = max(2, min(64, max(config.batch_size // 2, round(HELD_BACK * n)), n // 4))
-        order = torch.randperm(n, generator=seeded(config.seed, 1)).numpy()
+        count = len(images)
+        held = max(2, min(64, max(config.batch_size // 2, round(HELD_BACK * count)), count // 4))
+        order = torch.randperm(count, generator=seeded(config.seed, 1)).numpy()
         self.watched, self.trained = order[:held], order[held:]
-        every = min(config.batch_size, len(self.trained))  # images of a step
-        self.batch = every // self.world  # of this process
+        self.batch = min(config.batch_size, len(self.trained)) // self.world  # of this process
         if self.batch < 2:
             raise ValueError(
-                f"{n} healthy images are too few: it takes {held + 2 * self.world} or more, {held} "
-                f"held back for monitoring and 2 for each of {self.world} process(es) in a batch"
+                f"{count} healthy images are too few: {held} are held back for monitoring, and a "
+                f"batch needs 2 for each of {self.world} process(es), so {held + 2 * self.world} "
+                "or more"
             )
         self.images = self.batch * self.world  # of one step
         self.steps = len(self.trained) // self.images  # an epoch; no partial batch
@@ -196,7 +196,7 @@ class Pretraining:
         self.init = "random"
 
     def begin(self) -> None:
-        """Load the start weights, and measure the spread of z at the start.   [P!§4.2 R14]"""
+        """Load the initial weights, and measure the spread of z at the start.   [P!§4.2 R14]"""
         self.init = start_weights(self.encoder.backbone, self.config.init)
         if self.total:
             self.spread = self.health()["spread"]
@@ -242,10 +242,10 @@ class Pretraining:
 
     def centres_due(self) -> bool:
         """Right after the warm-up, and every 5 epochs if re-estimated.   [P:§4.7.5]"""
-        late = self.step_done - self.config.warmup_epochs * self.steps
-        again = late > 0 and late % (RE_ESTIMATE * self.steps) == 0
+        since = self.step_done - self.config.warmup_epochs * self.steps
+        again = since > 0 and since % (RE_ESTIMATE * self.steps) == 0
         return bool(CENTRED & set(self.terms)) and (
-            late == 0 or again and self.config.centres == "re-estimated"
+            since == 0 or again and self.config.centres == "re-estimated"
         )
 
     def centres(self) -> Tensor:
@@ -271,7 +271,7 @@ class Pretraining:
 
     @torch.no_grad()
     def health(self) -> dict[str, float]:
-        """Is the pretext task learned, or has eq. 3 collapsed?   [P!(3) R20]
+        """Is the pretext task learned, or have the features collapsed under eq. 3?   [P!(3) R20]
 
         returns: spread, the mean standard deviation of z; distance, the mean distance between
                  class means if there are several; accuracy of f_beta if eq. 8 trains it; on

@@ -26,22 +26,23 @@ def ms_ssim(
     window: int = 11,
     data_range: float = 1.0,
 ) -> Tensor:
-    """m = l_K^w_K prod_k cs_k^w_k, multi-scale structural similarity: 1 for equal images.
+    """m = E(l_K cs_K)^w_K prod_{k < K} E(cs_k)^w_k, a mean over channels: 1 for equal images.
 
     l = (2 mu_x mu_y + C1) / (mu_x^2 + mu_y^2 + C1), cs = (2 s_xy + C2) / (s_x^2 + s_y^2 + C2) with
-    the moments under a Gaussian window of sigma 1.5; C1 = (0.01 R)^2, C2 = (0.03 R)^2. A channel's
-    negative mean counts as 0, with gradient 0.
+    the moments under a Gaussian window of sigma 1.5; C1 = (0.01 R)^2, C2 = (0.03 R)^2. E is
+    the mean over a channel's map; a negative one counts as 0, with gradient 0.
 
     x, y:       (B, C, S, S) floating; a constant offset costs no digits.
     weights:    w_k of the scales, finest first; each halves the side. None: Wang et al.'s five, or
-                as many of them as the window fits into (S / 2^k >= window), scaled to sum 1.
+                as many of them as the window fits into (ceil(S / 2^k) >= window), scaled to sum 1.
     window:     odd, pixels.
     data_range: R, of the values.
     returns:    (B,), at most 1.
     raises:     ValueError for shapes that differ, or a window that the coarsest scale cannot hold.
     """
-    if x.shape != y.shape or x.ndim != 4:
-        raise ValueError(f"x, y must be (B, C, S, S), got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.shape != y.shape or x.ndim != 4 or not (x.dtype.is_floating_point and x.dtype == y.dtype):
+        got = f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
+        raise ValueError(f"x, y must be floating (B, C, S, S), of one type, got {got}")
     weights = scale_weights(min(x.shape[2:]), window) if weights is None else weights
     maps = ssim_maps(x, y, len(weights), window, data_range)
     last = maps[-1][0] * maps[-1][1]

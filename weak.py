@@ -39,7 +39,7 @@ def weak(
     four steps; the factors are each image's own. The crop is resized bilinearly; since it never has
     more pixels than the result, anti-aliasing would change nothing.
 
-    x:        (B, 3, S, S) float in [0, 1].
+    x:        (B, 3, S, S) float32 or float64 in [0, 1], B >= 1; pixels are not checked.
     preset:   "simclr", or "ccd" for the strengths in the authors' earlier code.
     min_area: smallest crop, share of the image; None for the preset's (0.08, or 0.2).
     strength: factor of the preset's colour jitter, 0 or above.
@@ -96,8 +96,8 @@ def jitter(
 ) -> Tensor:
     """x, overwritten, after brightness, contrast, saturation and hue in one random order.
 
-    strength: of each; factors are uniform in 1 -+ strength and >= 0, turns of hue in -+ strength.
-    region:   of the contrast.
+    strength: four numbers s; factors are uniform in 1 ± s and >= 0, the hue's turn in ± s.
+    region:   (B, 1, S, S) bool, where the contrast takes its mean; None: everywhere.
     """
     steps = (brightness, lambda x, factor: contrast(x, factor, region=region), saturation, hue)
     ranges = [(max(0.0, 1 - s), 1 + s) for s in strength[:3]] + [(-strength[3], strength[3])]
@@ -107,7 +107,7 @@ def jitter(
 
 
 def brightness(x: Tensor, factor: Tensor) -> None:
-    """factor x, clipped to [0, 1]. In place, as all the steps; factors are (B, 1, 1, 1)."""
+    """factor x, clipped to [0, 1]. In place, like all the steps; factors are (B, 1, 1, 1)."""
     x.mul_(factor).clamp_(0, 1)
 
 
@@ -144,13 +144,13 @@ def hue(x: Tensor, turn: Tensor) -> None:
 
 
 def luma(x: Tensor) -> Tensor:
-    """(B, 1, S, S) of (B, 3, S, S)."""
+    """0.2989 R + 0.587 G + 0.114 B: (B, 3, S, S) -> (B, 1, S, S)."""
     red, green, blue = x.split(1, 1)
     return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of sigma (B,) pixels; the kernel is a tenth of the side, the edges mirrored."""
+    """Gaussian blur of sigma (B,) px, edges mirrored; the kernel has 2 min(S // 20, 8) + 1 px."""
     b, _, side, _ = x.shape
     if not b:  # a convolution has at least one group
         return x
@@ -159,17 +159,19 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     sigma = sigma.repeat_interleave(3).view(-1, 1, 1, 1)
     kernel = torch.softmax(-0.5 * (tap / sigma) ** 2, 3)  # (3 B, 1, 1, 2r + 1), sums to 1
     y = F.pad(x, (r, r, r, r), mode="reflect").reshape(1, 3 * b, side + 2 * r, side + 2 * r)
-    y = y.to(memory_format=torch.channels_last)  # 0.7 of the time at 256 px, on a CPU
-    y = F.conv2d(F.conv2d(y, kernel, groups=3 * b), kernel.mT, groups=3 * b)
+    if x.is_cpu:
+        y = y.to(memory_format=torch.channels_last)  # 0.7 of the time at 256 px
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(F.conv2d(y, kernel, groups=3 * b), kernel.mT, groups=3 * b)
     return y.reshape(b, 3, side, side)
 
 
 def side_of(x: Tensor) -> int:
-    """S; raises ValueError unless x is a batch of float images, (B, 3, S, S) with S >= 8."""
-    shape = tuple(x.shape)
-    square = len(shape) == 4 and shape[1] == 3 and 8 <= shape[2] == shape[3]
-    if not (square and x.is_floating_point()):
-        raise ValueError(f"images must be float (B, 3, S, S), S >= 8, got {x.dtype} {shape}")
+    """S; raises ValueError unless x is (B, 3, S, S) float32 or float64, B >= 1, S >= 8."""
+    shape, wanted = tuple(x.shape), (torch.float32, torch.float64)
+    square = len(shape) == 4 and shape[0] > 0 and shape[1] == 3 and 8 <= shape[2] == shape[3]
+    if not square or x.dtype not in wanted:
+        raise ValueError(f"images must be float32/64 (B, 3, S, S), S >= 8, got {x.dtype} {shape}")
     return shape[3]
 
 

@@ -118,7 +118,11 @@ class OCGAN(Detector):
         """
         encoder, decoder, of_latent, of_image, classifier = self.networks.train().children()
         s = 2 * torch.rand(len(x), self.latent, generator=draws).to(x.device) - 1
-        n = self.noise * torch.randn(x.shape, generator=draws).to(x.device)
+        if not x.is_cpu:  # so many numbers are drawn where they are used
+            draws = torch.Generator(x.device).manual_seed(
+                int(torch.randint(2**62, (), generator=draws))
+            )
+        n = self.noise * torch.randn(x.shape, generator=draws, device=x.device)
         with autocast(x.device), frozen(of_latent, of_image, classifier):
             z = encoder(x + n)
             x_tilde = decoder(z)

@@ -78,7 +78,7 @@ class PANDA(Detector):
     """Fine-tuned features of a pre-trained ResNet, and the distance to their nearest neighbours.
 
     start: the ResNet; layers 3 and 4 are fine-tuned, batch norm keeps its averages.   [N:code]
-    ewc:   lambda of the pull back to the start weights; 0: a short training alone ("early").
+    ewc:   lambda of the pull back to the initial weights; 0: a short training alone ("early").
     """
 
     kind: ClassVar[str] = "panda"

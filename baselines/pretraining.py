@@ -12,7 +12,7 @@ Each is pmsacl.py's loop with its own strong set and its own loss, z = f_theta o
 "Class" is the cross-entropy of eq. 8, "position" that of eq. 9; both are in losses.py. NT-Xent
 over the views of a strong set takes every strong image for another instance, so that shifted
 copies of an image repel it; over plain images it is SimCLR. It is eq. 5 with alpha = 1 and centres
-at 0, and so runs on eq. 5's kernels. `imagenet`, `random` and `none` are start weights without
+at 0, and so runs on eq. 5's kernels. `imagenet`, `random` and `none` are initial weights without
 training, those of `none` whatever --init says.
 
 All have PMSACL's weak views, network and head.   [P!Tab.9 R33]

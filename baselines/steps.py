@@ -57,7 +57,7 @@ class Detector(ABC):
         self.device = next(start.parameters()).device if network else torch.device(start)
         if self.pretrained != network:
             raise ValueError(f"{self.kind} cannot start from {type(start).__name__}")
-        with torch.random.fork_rng(devices=[]):  # layers draw their start weights from it
+        with torch.random.fork_rng(devices=[]):  # layers draw their initial weights from it
             torch.manual_seed(self.seed)
             self.networks = nn.ModuleDict(self.build(start)).to(self.device).eval()
         self.networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bench import per_image
 from bench.page import SPEED, add_commit, provenance, write_block
 from detectors import PaDiM
-from encoder import Conv3x3, ResNet18, channels_last, normalise, seeded, to_unit
+from encoder import Conv3x3, ResNet18, autocast, channels_last, normalise, seeded, to_unit
 from igd import IGD
 from pmsacl import Pretraining, class_views
 from support.launches import of_step
@@ -103,7 +103,9 @@ def small_maps(side: int) -> Times:
 
     def passes() -> None:
         resnet.zero_grad(set_to_none=True)
-        resnet.pooled(x).sum().backward()
+        with autocast(DEVICE):
+            pooled = resnet.pooled(x)
+        pooled.sum().backward()
 
     def plain() -> None:
         with mock.patch.object(Conv3x3, "forward", nn.Conv2d.forward):
@@ -146,12 +148,16 @@ def igd_step(side: int, width: int) -> Times:
     def bare() -> None:
         for optimiser in training.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        z = training.model.encode(x)
-        decoded = training.model.decode(torch.cat([z, z]))
-        training.critic.requires_grad_(False)
-        (training.critic(decoded[: len(x)]).sum() + decoded.sum()).backward()
+        with autocast(DEVICE):
+            z = training.model.encode(x)
+            decoded = training.model.decode(torch.cat([z, z]))
+            training.critic.requires_grad_(False)
+            judged = training.critic(decoded[: len(x)])
+        (judged.sum() + decoded.sum()).backward()
         training.critic.requires_grad_(True)
-        training.critic(made).sum().backward()
+        with autocast(DEVICE):
+            judged = training.critic(made)
+        judged.sum().backward()
 
     return paired(lambda: step(training, training.losses, Path("none")), bare)
 

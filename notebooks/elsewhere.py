@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # The encoder and PaDiM elsewhere
+# # The encoder and PaDiM in other libraries
 #
 # A run's `encoder.pt` holds ResNet-18's weights under torchvision's names, so other libraries load
 # it as it is. Each cell runs where its library is installed, and says so where it is not.
@@ -43,7 +43,7 @@ config = make_config({"preset": "quick", "epochs": 1, "init": "random", "device"
 encoder, _ = pretrain(images, config, folder)
 torch.save(encoder.backbone.state_dict(), folder / "encoder.pt")  # as in a run's folder
 weights = torch.load(folder / "encoder.pt", weights_only=True)
-x = normalise(to_unit(test, "cpu"))  # (B, 3, S, S), with ImageNet's mean and deviation
+x = normalise(to_unit(test, "cpu"))  # (B, 3, S, S), with ImageNet's mean and standard deviation
 with torch.no_grad():
     ours = encoder.backbone.pooled(x)  # (B, 512)
 

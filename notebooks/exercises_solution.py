@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import losses
 from detectors import PaDiM
 from encoder import ResNet18, seeded
-from kernels.mahalanobis import mahalanobis as house_mahalanobis
+from kernels.mahalanobis import mahalanobis as kernel_mahalanobis
 from support.exercises import check, close
 
 A, B, Z, TAU, ALPHA = 4, 3, 6, 0.2, 2.0
@@ -337,8 +337,8 @@ def test_13():
     want = torch.tensor(squares, dtype=torch.float64).sqrt()
     close(mahalanobis(x_new, mu, sigma), want, "the root of r^T Sigma^-1 r at each position")
     whitening = torch.linalg.inv(torch.linalg.cholesky(sigma)).float()
-    house = house_mahalanobis(x_new.float(), mu.float(), whitening)
-    assert torch.allclose(house.double(), want, rtol=1e-4), "the house's own is off"
+    ours = kernel_mahalanobis(x_new.float(), mu.float(), whitening)
+    assert torch.allclose(ours.double(), want, rtol=1e-4), "the repository's distance differs"
 
 
 check(results, "equation 13", test_13)
@@ -391,10 +391,10 @@ check(results, "MedMix's paste", test_paste)
 # %%
 right = [exercise for exercise, end in results.items() if end == "right"]
 print(f"{len(right)} of {len(results)} exercises are right")
-if len(right) == len(results):  # your PaDiM against the house's, on images
+if len(right) == len(results):  # your PaDiM against that of detectors.py, on images
     images = torch.rand(12, 3, 32, 32, generator=seeded(40))
-    house = PaDiM(ResNet18(seeded(41)).eval(), channels=20).fit(images)
-    x = house.embeddings(images)  # (B, P, D)
+    ours = PaDiM(ResNet18(seeded(41)).eval(), channels=20).fit(images)
+    x = ours.embeddings(images)  # (B, P, D)
     yours = mahalanobis(x.double(), *gaussians(x.double())).float()  # (B, P)
-    assert torch.allclose(yours, house_mahalanobis(x, house.mean, house.whitening), rtol=1e-3)
+    assert torch.allclose(yours, kernel_mahalanobis(x, ours.mean, ours.whitening), rtol=1e-3)
     print("your PaDiM and that of detectors.py give the same distances")

@@ -88,10 +88,10 @@ assert at_means < shifted  # the centres are the means: nothing is closer
 # ## The contrastive loss `[P:(5)]` of features centred by `[P:(6)]`, with kappa of `[P:(7)]`
 
 # %%
-weak = losses.contrastive_loss(z, n, pair, c, alpha=5.0, positive_scale="tau")
-strong = losses.contrastive_loss(z, n, pair, c, alpha=1.0, positive_scale="tau")
-print(f"alpha 5: {weak:.3f}   alpha 1: {strong:.3f}")
-assert weak < strong  # alpha above 1 weakens the repulsion within a class
+alpha_5 = losses.contrastive_loss(z, n, pair, c, alpha=5.0, positive_scale="tau")
+alpha_1 = losses.contrastive_loss(z, n, pair, c, alpha=1.0, positive_scale="tau")
+print(f"alpha 5: {alpha_5:.3f}   alpha 1: {alpha_1:.3f}")
+assert alpha_5 < alpha_1  # above 1 it shrinks the denominator's terms of similar views of the class
 collapsed = c[n].clone()  # every z at its centre: f = 0, and the loss is log(N - 1)
 at_centre = losses.contrastive_loss(collapsed, n, pair, c)
 assert abs(float(at_centre) - np.log(len(n) - 1)) < 1e-4

@@ -94,7 +94,8 @@ def of_state(state: Any) -> Healthy | None:
     """The same read again; None for a file without it.   raises: anything if it is damaged."""
     if state is None:
         return None
-    scores, threshold = state["scores"].numpy().astype(np.float64), float(state["threshold"])
+    scores = state["scores"].cpu().numpy().astype(np.float64)  # it may be read onto a GPU
+    threshold = float(state["threshold"])
     scale = None if state["scale"] is None else tuple(map(float, state["scale"]))
     numbers = [*scores, threshold, *(scale or (0.0, 1.0))]
     whole = scores.ndim == 1 and len(scores) > 0 and bool(np.isfinite(numbers).all())

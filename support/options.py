@@ -215,7 +215,7 @@ def _check_together(config: Config) -> None:
 
 
 def _check_method(config: Config) -> None:
-    """raises: ValueError if terms, warm-up or start weights do not go with the method."""
+    """raises: ValueError if terms, warm-up or initial weights do not go with the method."""
     for name in ("terms", "local_terms"):
         given = getattr(config, name).split(",")
         terms, allowed = set(given), METHODS[config.method].get(name, ",".join(TERMS)).split(",")

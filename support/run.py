@@ -79,11 +79,14 @@ def keep_freed_memory() -> None:
 
 def pick_device(name: str) -> str:
     """auto: the GPU if there is one.   raises: ValueError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks()[1] > 1 and name.startswith("cuda:"):
-        name = "cuda"  # each process has its own
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks()[1] > 1 and name.startswith("cuda"):
+        name = "cuda"  # each process has its own
+        if gpus and (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > len(gpus):
+            wanted = f"--nproc-per-node {len(gpus)}, or --device cpu"
+            raise ValueError(f"{here} processes here, but {len(gpus)} GPUs: {wanted}")
     if name not in ["cpu", *gpus] and not (name == "cuda" and gpus):
         raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {name}")
     return name

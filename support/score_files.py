@@ -107,8 +107,7 @@ def score_files(
     raises: ValueError or OSError, with nothing left behind, if an image cannot be read or the
             folder cannot be written to; KeyboardInterrupt, with what was scored kept.
     """
-    found = image_files(paths)
-    files, left_out = check_files(found, skip_bad)
+    files, left_out = check_files(image_files(paths), skip_bad)
     window = window_of_set(files, "", config)
     judges = {name: judge(name, detector, results) for name, detector in detectors.items()}
     new = [path for path in (out, *out.parents) if not path.exists()] if out else []

@@ -1,4 +1,4 @@
-"""The one training loop, of the pre-training and of IGD: checkpoints, log, progress; start weights.
+"""The one training loop, of the pre-training and of IGD: checkpoints, log; the initial weights.
 
 A training is an object with
     name, rate_option     for messages: "", "local", "IGD global"; the option that lowers its rate
@@ -243,7 +243,9 @@ def start_weights(backbone: ResNet18, init: str) -> str:
                     f"--init imagenet: no weights from {IMAGENET} ({error}); put that file into "
                     f"{torch.hub.get_dir()}/checkpoints, or use --init random"
                 ) from None
-            notify("no ImageNet weights, neither cached nor from the server: random start weights")
+            notify(
+                "no ImageNet weights, neither cached nor from the server: random initial weights"
+            )
             return "random"
         backbone.load_state_dict(weights)
         return "imagenet"

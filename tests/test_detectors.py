@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import detectors
 from detectors import PaDiM, folded, moments, upsampling, whitening
-from encoder import ResNet18, channels_last, normalise, to_unit
+from encoder import Encoder, ResNet18, channels_last, normalise, to_unit
 from kernels.mahalanobis import mahalanobis
 
 
@@ -292,6 +292,8 @@ def test_user_mistakes_are_named(backbone, tmp_path):
     for wrong in ({"channels": 0}, {"channels": 449}, {"eps": -1.0}, {"sigma": math.nan}):
         with pytest.raises(ValueError, match="got"):
             PaDiM(backbone, **wrong)
+    with pytest.raises(ValueError, match="must be a ResNet18, as Encoder's"):
+        PaDiM(Encoder())
     detector = PaDiM(backbone, channels=8)
     with pytest.raises(ValueError, match="fitted"):
         detector.score(images(1))
@@ -310,6 +312,13 @@ def test_user_mistakes_are_named(backbone, tmp_path):
         moments([])
     with pytest.raises(ValueError, match="N=1"):
         whitening(torch.zeros(1, 2, 2, dtype=torch.float64), 1, 0.01)
+
+
+def test_autocast_around_padim_costs_no_digits(backbone):
+    want = PaDiM(backbone, channels=8).fit(images(12)).score(images(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = PaDiM(backbone, channels=8).fit(images(12)).score(images(2))
+    assert all(map(torch.equal, got, want))
 
 
 def test_features_without_a_covariance_are_refused(backbone):

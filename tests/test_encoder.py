@@ -84,6 +84,15 @@ def test_unit_features_have_length_one_and_raw_ones_do_not():
     assert not torch.allclose(raw.norm(dim=1), torch.ones(2))
 
 
+def test_images_of_bytes_and_of_two_floats_have_the_same_features_and_other_integers_none():
+    encoder, images = Encoder().eval(), torch.randint(256, (2, 3, 32, 32), generator=generator())
+    want = encoder(images / 255)
+    for same in (images.byte(), images.double() / 255):
+        torch.testing.assert_close(encoder(same), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="must be uint8 or floating"):
+        encoder(images)
+
+
 def test_normalise_subtracts_imagenets_statistics():
     x = torch.tensor([0.485, 0.456, 0.406])[None, :, None, None].expand(1, 3, 2, 2)
     assert normalise(x).abs().max() == 0

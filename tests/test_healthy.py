@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as evaluation
 from baselines.dae import DAE
+from detectors import PaDiM
+from encoder import ResNet18
 from support import healthy, job, phantom
 
 TINY = "--epochs 1 --batch-size 4 --classes 2 --image-size 32 --preset quick --init random".split()
@@ -51,8 +56,19 @@ def test_threshold_percentiles_and_scale():
     )
     assert of_ramp.scale == (0.0, 38.0)  # the middle is 19
     assert healthy.measure(Ramp(), images[:0], "ramp") is None
-    again = healthy.of_state(healthy.to_state(of_ramp))
+    state = healthy.to_state(of_ramp)
+    on_gpu = mock.Mock(cpu=lambda: state["scores"], numpy=mock.Mock(side_effect=TypeError))
+    again = healthy.of_state(state | {"scores": on_gpu})
     assert (again.scores == of_ramp.scores).all() and again.scale == of_ramp.scale
+
+
+def test_a_saved_detector_is_read_with_its_healthy_scores_onto_the_device(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), np.uint8)
+    padim = PaDiM(ResNet18(), channels=8).fit(images[:12])
+    job.with_healthy(padim, SimpleNamespace(healthy=images[12:]), "padim", tmp_path / "padim.pt")
+    again = evaluation.load(tmp_path / "padim.pt", DEVICE)
+    assert again.device.type == DEVICE.type
+    assert (again.healthy.scores == padim.healthy.scores).all() and len(again.healthy.scores) == 12
 
 
 BROKEN = [

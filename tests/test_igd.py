@@ -145,6 +145,7 @@ def test_interpolation_and_critic_agree_with_loops():
     want = sum((float(d) - float(a)) ** 2 for d, a in zip(d_mixed, alpha, strict=True)) / 5
     want += sum(float(d) ** 2 for d in d_blend) / 5
     assert float(critic_loss(d_mixed, alpha, d_blend)) == pytest.approx(want)
+    assert float(critic_loss(d_mixed[:, None], alpha, d_blend)) == pytest.approx(want)
 
 
 # --- networks, patches, heat maps ----------------------------------------------------------------
@@ -591,6 +592,7 @@ def test_user_mistakes_are_named():
         {"sigma2_least": -1.0},
         {"epochs": 0},
         {"batch_size": 1},
+        {"image_size": 72, "stride": 40},
     ):
         with pytest.raises(ValueError, match="got"):
             small(**wrong)

@@ -13,7 +13,7 @@ from torch import nn
 import losses
 
 
-@given(features(), st.sampled_from([0.1, 0.2, 1.0]), st.sampled_from([1.0, 2.0, 5.0]))
+@given(features(), st.sampled_from([0.07, 0.1, 0.2, 1.0]), st.sampled_from([1.0, 2.0, 3.0]))
 def test_contrastive_loss_is_the_printed_formula_for_each_reading_of_the_positive(args, tau, alpha):
     z, n, pair, c = args
     scales = {"kappa": 1 / (alpha * tau), "tau": 1 / tau, 0.5: 0.5}
@@ -156,3 +156,16 @@ def test_neighbours_lie_where_their_class_says():
 def test_images_too_small_for_a_pair_are_refused():
     with pytest.raises(ValueError, match="63 px"):
         losses.patch_pairs(torch.zeros(2, 3, 62, 62), generator(0))
+    with pytest.raises(ValueError, match="square"):
+        losses.patch_pairs(torch.zeros(2, 3, 64, 100), generator(0))
+
+
+def test_what_would_broadcast_or_be_cut_is_refused_or_means_the_same():
+    z, n, c = torch.rand(6, 4, generator=generator(0)), torch.arange(6) % 2, torch.zeros(2, 4)
+    assert losses.multi_centring_loss(z, n[:, None], c) == losses.multi_centring_loss(z, n, c)
+    for loss in (losses.multi_centring_loss, losses.centred_features):
+        with pytest.raises(RuntimeError):
+            loss(z, n[:1], c)
+    for wrong in (None, True, "half"):
+        with pytest.raises(ValueError, match="positive_scale"):
+            losses.kappas(0.2, 2.0, wrong)

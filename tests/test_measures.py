@@ -305,7 +305,7 @@ def test_pixel_measures_refuse_what_they_cannot_measure():
         measures.aupro(maps, np.zeros_like(masks))
     with pytest.raises(ValueError, match="no normal pixel"):
         measures.aupro(maps, np.ones_like(masks))
-    with pytest.raises(ValueError, match=r"shape \(1, 2, 2\) for masks of shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"got \(1, 2, 2\) and \(2, 2\)"):
         measures.aupro(maps, masks[0])
     for at in ((0, 0, 0), (0, 0, 1)):
         bad = maps.copy()
@@ -314,7 +314,7 @@ def test_pixel_measures_refuse_what_they_cannot_measure():
             measures.aupro(bad, masks)
         with pytest.raises(ValueError, match="NaN"):
             measures.dice_threshold(bad, masks, [0])
-    with pytest.raises(ValueError, match="no lesion in the masks of 0 images"):
+    with pytest.raises(ValueError, match="no images to measure"):
         measures.aupro(maps[:0], masks[:0])
     with pytest.raises(ValueError, match="no images"):
         measures.dice_threshold(maps, masks, np.arange(0))
@@ -366,13 +366,14 @@ def test_the_thresholds_tried_miss_no_score_and_no_column():
     assert measures.dice_threshold(maps, maps == 5, [0]) == (5, 1.0)
     maps = np.zeros((2, 2048, 2050), np.int8)  # every third, from an image's own number on
     maps[1, 0, 4] = 5
-    assert measures.dice_threshold(maps, maps == 5, [0, 1]) == (5, 0.5)
+    assert measures.dice_threshold(maps, maps == 5, [0, 1]) == (5, 1.0)  # no lesion, none found
 
 
 def test_shapes_that_would_broadcast_and_heat_maps_are_no_regions():
     masks = np.zeros((4, 8, 8), bool)
     for measure in (measures.iou, measures.dice):
-        for pred in (masks[:1], masks[:, None], masks.astype(np.float32)):
+        full = np.full(masks.shape, 200, np.uint8)
+        for pred in (masks[:1], masks[:, None], masks.astype(np.float32), full):
             with pytest.raises(ValueError, match=r"predictions .* for masks of shape \(4, 8, 8\)"):
                 measure(pred, masks)
 
@@ -382,3 +383,14 @@ def test_images_are_chosen_by_numbers_or_by_true_and_false():
     maps, masks, chosen = g.normal(size=(5, 8, 8)), g.random((5, 8, 8)) < 0.2, np.arange(5) % 2 == 0
     for measure in (measures.pixel_measures, measures.dice_threshold):
         assert measure(maps, masks, chosen) == measure(maps, masks, np.flatnonzero(chosen))
+        for none in ([], chosen & ~chosen):
+            with pytest.raises(ValueError, match="no images to measure"):
+                measure(maps, masks, none)
+        with pytest.raises(ValueError, match="must be"):
+            measure(maps[0], masks[0], [0])
+    bright = 255 * masks.astype(np.uint8)
+    assert measures.pixel_measures(maps, bright, chosen) == measures.pixel_measures(
+        maps, masks, chosen
+    )
+    with pytest.raises(ValueError, match="no NaN"):
+        measures.auroc([0.1, 0.2, 0.3], [0, 1, np.nan])

@@ -433,6 +433,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert run.pick_device("cuda:1") == "cuda:1"
     monkeypatch.setattr(run, "ranks", lambda: (0, 2))
     assert run.pick_device("cuda:1") == "cuda" and run.pick_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="3 processes here, but 2 GPUs: --nproc-per-node 2, or"):
+        run.pick_device("auto")
+    assert run.pick_device("cpu") == "cpu"
 
 
 def test_too_few_training_images(tmp_path, phantoms):

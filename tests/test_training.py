@@ -1,4 +1,4 @@
-"""The one training loop: checkpoints, log, what is not finite, start weights."""
+"""The one training loop: checkpoints, log, what is not finite, initial weights."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_each_method_stops_when_its_loss_is_not_finite(method, tmp_path):
         pmsacl.pretrain(pictures(), config, tmp_path)
 
 
-# --- start weights -----------------------------------------------------------------------------
+# --- initial weights -----------------------------------------------------------------------------
 
 
 def test_weights_load_from_a_file_and_a_wrong_file_is_named(tmp_path):
@@ -216,6 +216,6 @@ def test_imagenets_weights_are_taken_and_only_auto_does_without_them(monkeypatch
     target = ResNet18(generator(2))
     assert start_weights(target, "auto") == "random" == start_weights(target, "random")
     assert torch.equal(target.conv1.weight, ResNet18(generator(2)).conv1.weight)
-    assert "random start weights" in capsys.readouterr().err
+    assert "random initial weights" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--init imagenet: no weights from .*no network"):
         start_weights(target, "imagenet")

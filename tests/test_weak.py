@@ -55,8 +55,16 @@ def test_weak_says_what_it_cannot_take():
             weak.weak(images(1, 16), generator(), min_area=area)
     with pytest.raises(ValueError, match="strength >= 0, got 0.08 and -1"):
         weak.weak(images(1, 16), generator(), strength=-1)
-    with pytest.raises(ValueError, match="images must be"):
-        weak.weak(images(1, 16)[0], generator())
+    for wrong in (images(1, 16)[0], images(1, 16)[:0], images(1, 16).half()):
+        with pytest.raises(ValueError, match="images must be"):
+            weak.weak(wrong, generator())
+
+
+def test_autocast_around_weak_views_changes_no_bit():
+    x = images(8, 32)
+    want = weak.weak(x, generator(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(weak.weak(x, generator(1)), want)
 
 
 def test_views_of_a_batch_in_chunks_are_all_different(monkeypatch):
