@@ -2,6 +2,8 @@
 
     python -m support.exercises
 
+`make notebooks` runs this, and makes exercises.ipynb of it, which is kept; the source is not.
+
 In the solution, lines of this form hold what a student is to write:
 
     # BLANK: a hint

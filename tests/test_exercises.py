@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from support.exercises import BLANK, SOLUTION, STUDENTS, students_version
 
 TEXT = SOLUTION.read_text()
+BLANKS = students_version(TEXT)
 NUMBER = len(BLANK.findall(TEXT))
 EXERCISES = [f"equation {k}" for k in (2, 3, 6, 7, 5, 4, 8, 9)]
 EXERCISES += ["PaDiM's Gaussians", "equation 13", "MedMix's paste"]
@@ -21,12 +23,18 @@ def ended(source: str) -> dict[str, str]:
     return names["results"]
 
 
-def test_the_students_version_is_made_from_the_solution():
-    assert STUDENTS.read_text() == students_version(TEXT), "run python -m support.exercises"
+def code_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_students_notebook_is_made_from_the_solution():
+    cells = json.loads(STUDENTS.with_suffix(".ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code_of("\n".join(code)) == code_of(BLANKS), "run make notebooks"
 
 
 def test_the_solution_passes_and_every_blank_is_a_failing_test_of_the_students():
-    solved, blank = ended(TEXT), ended(STUDENTS.read_text())
+    solved, blank = ended(TEXT), ended(BLANKS)
     assert list(solved) == list(blank) == EXERCISES and NUMBER == len(EXERCISES) == 11
     assert set(solved.values()) == {"right"}
     assert set(blank.values()) == {"open"}
@@ -98,5 +106,5 @@ def test_a_blank_has_two_ends(text):
 def test_a_hint_stands_in_the_answers_place():
     text = students_version("def f():\n    # BLANK: add\n    return 1 + 1\n    # END\n")
     assert text == "def f():\n    # Hint: add\n    raise NotImplementedError\n"
-    left = re.findall(r"^ +# (?:BLANK|END)", STUDENTS.read_text(), re.MULTILINE)
-    assert not left and STUDENTS.read_text().count("# Hint: ") == NUMBER
+    left = re.findall(r"^ +# (?:BLANK|END)", BLANKS, re.MULTILINE)
+    assert not left and BLANKS.count("# Hint: ") == NUMBER
