@@ -42,15 +42,7 @@ from support.options import Config, make_config, option, parse
 from support.paper_figures import PICTURES, draw, draw_views
 from support.progress import as_program, complain, duration, notify, show
 from support.rows import MASKED, OF_SET, ROWS, Row, read_sweep, reference, rows_of, with_more
-from support.run import (
-    Parser,
-    given_path,
-    make_folder,
-    read_json,
-    read_rows,
-    real,
-    write_file,
-)
+from support.run import Parser, given_path, make_folder, read_json, read_rows, real, write_file
 from support.sheets import ENDS, MEASURES, write
 from support.tables import papers_name
 from support.training import check_start

@@ -258,9 +258,7 @@ def fit_padim(backbone: ResNet18, images: np.ndarray | Tensor, config: Config) -
     """PaDiM on this network, with its progress shown."""
     wait_for_all()
     return PaDiM(backbone, seed=config.seed).fit(
-        images,
-        track=lambda steps: progress(steps, len(steps), "fit PaDiM"),
-        group=dist.group.WORLD,
+        images, track=lambda steps: progress(steps, len(steps), "fit PaDiM"), group=dist.group.WORLD
     )
 
 

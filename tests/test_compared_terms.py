@@ -16,14 +16,7 @@ from test_compared import small as small_on
 from torch import nn
 
 from baselines import cutpaste, dae, fanogan, ocgan, panda
-from baselines.steps import (
-    Training,
-    convolutions,
-    deconvolutions,
-    squared_error,
-    stages,
-    widths,
-)
+from baselines.steps import Training, convolutions, deconvolutions, squared_error, stages, widths
 from ssim import residual_map, setting
 from support.compared import COMPARED
 

@@ -50,10 +50,7 @@ MAY_IMPORT = {
 COMPARED = ("adgan", "cutpaste", "dae", "fanogan", "msssim", "ocgan", "panda")  # 3 files, 500 lines
 MAY_IMPORT_SUPPORT = ("pmsacl", "eval", "experiments", "support", "bench", "notebooks", "tests")
 THIRD_PARTY = {"torch", "numpy", "PIL", "triton"}
-THIRD_PARTY_OF = {
-    "tests": {"pytest", "hypothesis"},
-    "notebooks": {"IPython", "onnxruntime"},
-}
+THIRD_PARTY_OF = {"tests": {"pytest", "hypothesis"}, "notebooks": {"IPython", "onnxruntime"}}
 
 # The most that may have to be copied with a piece: files, lines.
 COPY_LIMITS = {

@@ -19,15 +19,7 @@ from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, Block, Z, critic, critic_loss, gaussian, interpolate, widths
 from encoder import POOLED, ResNet18, normalise, seeded
-from igd import (
-    IGD,
-    Training,
-    anomaly_likelihood,
-    anomaly_score,
-    fold,
-    reconstruction_error,
-    unfold,
-)
+from igd import IGD, Training, anomaly_likelihood, anomaly_score, fold, reconstruction_error, unfold
 from ssim import ms_ssim, residual_map, setting
 
 

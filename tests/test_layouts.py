@@ -106,8 +106,7 @@ def test_a_folder_is_counted_against_the_papers_data_sets(tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize(
-    "name",
-    "ground_truth anomaly_mask mask masks label annotation annotations Masks".split(),
+    "name", "ground_truth anomaly_mask mask masks label annotation annotations Masks".split()
 )
 def test_a_folder_of_masks_beside_the_images_goes_by_many_names(name, tmp_path):
     """Under a name that is not known, masks would be measured as abnormal images."""

@@ -15,13 +15,7 @@ import torch
 from conftest import SHIPPED_WATCHED_VIEWS, generator
 from hypothesis import given
 from hypothesis import strategies as st
-from page import (
-    printed_cross_entropy,
-    printed_eq_3,
-    printed_eq_5,
-    printed_nt_xent,
-    printed_supcon,
-)
+from page import printed_cross_entropy, printed_eq_3, printed_eq_5, printed_nt_xent, printed_supcon
 
 import losses
 import pmsacl

@@ -14,15 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    SIGMAS,
-    U32,
-    assert_frequency,
-    assert_uniform,
-    assert_within,
-    generator,
-    images,
-)
+from conftest import SIGMAS, U32, assert_frequency, assert_uniform, assert_within, generator, images
 from hypothesis import given
 from hypothesis import strategies as st
 
