@@ -65,18 +65,8 @@ class ADGAN(Detector):
         }
 
     def phases(self, images: np.ndarray) -> Iterator[Training]:
-        groups = {
-            "generators": ("to_latent", "to_image"),
-            "discriminators": ("of_latent", "of_image"),
-        }
-        adams = {
-            name: torch.optim.Adam(
-                [w for part in parts for w in self.networks[part].parameters()],
-                self.lr, betas=(0.5, 0.999),
-            )
-            for name, parts in groups.items()
-        }  # fmt: skip
-        yield Training(self, self.kind, images, self.terms, adams, epochs=self.epochs)
+        adam = torch.optim.Adam(self.networks.parameters(), self.lr, betas=(0.5, 0.999))
+        yield Training(self, self.kind, images, self.terms, adam, epochs=self.epochs)
 
     def terms(self, x: Tensor, draws: torch.Generator, step: int) -> Terms:
         """Both cycles, -E log D of both generators' outputs, and the discriminators' losses."""

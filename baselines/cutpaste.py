@@ -162,7 +162,7 @@ class CutPaste(Detector):
                 return self.loss(name, self.crop(x, generator) if name == "patch" else x, generator)
 
             title = self.kind if name == "image" else f"{self.kind} patch"
-            yield Training(self, title, images, terms, {name: sgd}, epochs=epochs, cosine=True)
+            yield Training(self, title, images, terms, sgd, epochs=epochs, cosine=True)
             self.networks.eval()
         self.estimate(images)
 

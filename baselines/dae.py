@@ -70,7 +70,7 @@ class DAE(Detector):
             return {"rec": self.loss(x, self.reconstruct(seen))}
 
         adam = torch.optim.Adam(self.networks.parameters(), self.lr)
-        yield Training(self, self.kind, images, terms, {"all": adam}, epochs=self.epochs)
+        yield Training(self, self.kind, images, terms, adam, epochs=self.epochs)
 
     def score_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x - x~)^2 pixel by pixel, and its mean."""

@@ -120,17 +120,13 @@ class FAnoGAN(Detector):
 
     def phases(self, images: np.ndarray) -> Iterator[Training]:
         generator, critic, encoder = self.networks.values()
-        adams = {
-            name: torch.optim.Adam(self.networks[name].parameters(), self.lr, betas=(0.0, 0.9))
-            for name in ("critic", "generator")
-        }
-        yield Training(self, self.kind, images, self.gan_terms, adams, epochs=self.epochs)
+        weights = [*generator.parameters(), *critic.parameters()]
+        adam = torch.optim.Adam(weights, self.lr, betas=(0.0, 0.9))
+        yield Training(self, self.kind, images, self.gan_terms, adam, epochs=self.epochs)
         self.networks.eval()
         rmsprop = torch.optim.RMSprop(encoder.parameters(), self.encoder_lr, alpha=0.9)
-        yield Training(
-            self, f"{self.kind} encoder", images, self.encoder_terms, {"encoder": rmsprop},
-            epochs=self.encoder_epochs,
-        )  # fmt: skip
+        title, epochs = f"{self.kind} encoder", self.encoder_epochs
+        yield Training(self, title, images, self.encoder_terms, rmsprop, epochs=epochs)
 
     def gan_terms(self, x: Tensor, draws: torch.Generator, step: int) -> Terms:
         """E D(G(z)) - E D(x) + 10 penalty for D, -E D(G(z)) for G in each fifth step.   [F:WGAN-GP]

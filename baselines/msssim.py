@@ -51,7 +51,7 @@ class MSSSIM(Detector):
             return {"rec": self.error(x, self.reconstruct(x)).mean()}
 
         adam = torch.optim.Adam(self.networks.parameters(), self.lr)
-        yield Training(self, self.kind, images, terms, {"all": adam}, epochs=self.epochs)
+        yield Training(self, self.kind, images, terms, adam, epochs=self.epochs)
 
     def score_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The residual map of its scales, and eq. 11 of the image."""

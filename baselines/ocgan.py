@@ -98,16 +98,8 @@ class OCGAN(Detector):
         }
 
     def phases(self, images: np.ndarray) -> Iterator[Training]:
-        groups: dict[str, tuple[str, ...]] = {"generators": ("encoder", "decoder")}
-        groups |= {name: (name,) for name in ("latent", "visual", "classifier")}
-        adams = {
-            name: torch.optim.Adam(
-                [w for part in parts for w in self.networks[part].parameters()],
-                self.lr, betas=(0.5, 0.999),
-            )
-            for name, parts in groups.items()
-        }  # fmt: skip
-        yield Training(self, self.kind, images, self.terms, adams, epochs=self.epochs)
+        adam = torch.optim.Adam(self.networks.parameters(), self.lr, betas=(0.5, 0.999))
+        yield Training(self, self.kind, images, self.terms, adam, epochs=self.epochs)
 
     def terms(self, x: Tensor, draws: torch.Generator, step: int) -> Terms:
         """10 l_MSE + l_latent + l_visual of the auto-encoder; the discriminators'.   [O:§3.5]

@@ -127,9 +127,7 @@ class PANDA(Detector):
             )
 
         sgd = torch.optim.SGD(weights, self.lr, momentum=0.9, weight_decay=5e-5)
-        yield Training(
-            self, self.kind, images, terms, {"resnet": sgd}, epochs=self.epochs, clip=self.clip
-        )
+        yield Training(self, self.kind, images, terms, sgd, epochs=self.epochs, clip=self.clip)
         self.keep(images)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -147,14 +147,14 @@ class Detector(ABC):
 
 
 class Training:
-    """Steps of one or more optimisers on one loss; weights without a gradient stay as they are.
+    """Steps of an optimiser on a loss; weights without a gradient stay as they are.
 
     The draws of a step come from (seed, name, step): a training resumed from a `state_dict`
     ends with the same weights as one that was not stopped, bit for bit.
 
     name:       the detector's kind, and a second word if it has several.
     terms:      (x (B, 3, S, S), generator, step) -> the loss's terms.
-    optimisers: with the rates at the start.   cosine: lets them fall to 0 in half a cosine.
+    optimiser:  with the rate at the start.   cosine: lets it fall to 0 in half a cosine.
     clip:       the most that the gradient's norm may be.
     """
 
@@ -163,30 +163,23 @@ class Training:
     def __init__(
         self, detector: Detector, name: str, data: np.ndarray,
         terms: Callable[[Tensor, torch.Generator, int], Terms],
-        optimisers: Mapping[str, torch.optim.Optimizer],
+        optimiser: torch.optim.Optimizer,
         *, epochs: int, cosine: bool = False, clip: float = math.inf,
     ) -> None:  # fmt: skip
         self.detector, self.name, self.data, self.terms = detector, name, data, terms
-        self.optimisers, self.cosine, self.clip = optimisers, cosine, clip
+        self.optimiser, self.cosine, self.clip = optimiser, cosine, clip
         self.device, self.step_done = detector.device, 0
         self.images = min(detector.batch_size, len(data))
         self.steps = len(data) // self.images  # an epoch; the last partial batch is left out
         self.total = self.steps * epochs
         self.key = detector.seed, zlib.crc32(name.encode())
-        self.rates = [group["lr"] for group in self.groups()]
-        self.start_rate = self.rates[0]
-
-    def groups(self) -> list[dict[str, Any]]:
-        return [group for o in self.optimisers.values() for group in o.param_groups]
-
-    @property
-    def factor(self) -> float:
-        """What the rates at the start are multiplied by in the next step."""
-        return (1 + math.cos(math.pi * self.step_done / self.total)) / 2 if self.cosine else 1.0
+        self.start_rate = optimiser.defaults["lr"]
 
     @property
     def rate(self) -> float:
-        return self.start_rate * self.factor
+        """The learning rate of the next step."""
+        fall = (1 + math.cos(math.pi * self.step_done / self.total)) / 2 if self.cosine else 1.0
+        return self.start_rate * fall
 
     def losses(self) -> Terms:
         """The terms of the next step, whose sum is the loss."""
@@ -198,23 +191,23 @@ class Training:
         return self.terms(unit(self.data[ids], self.device), generator, self.step_done)
 
     def update(self, terms: Terms) -> None:
-        """Back-propagate the sum of the terms, and a step of each optimiser."""
-        for group, rate in zip(self.groups(), self.rates, strict=True):
-            group["lr"] = rate * self.factor
-            for weight in group["params"]:
-                weight.grad = None
+        """Back-propagate the sum of the terms, and step."""
+        (group,) = self.optimiser.param_groups
+        group["lr"] = self.rate
+        self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
-        nn.utils.clip_grad_norm_([w for g in self.groups() for w in g["params"]], self.clip)
-        for optimiser in self.optimisers.values():
-            optimiser.step()
+        nn.utils.clip_grad_norm_(group["params"], self.clip)
+        self.optimiser.step()
         self.step_done += 1
 
     def state_dict(self) -> dict[str, Any]:
         """All that a training of the same images and settings needs to resume."""
-        settings = self.detector.settings() | {"images": len(self.data)}
-        optimisers = {name: o.state_dict() for name, o in self.optimisers.items()}
-        state = {"settings": settings, "step": self.step_done, "optimisers": optimisers}
-        return state | {"networks": self.detector.networks.state_dict()}
+        return {
+            "settings": self.detector.settings() | {"images": len(self.data)},
+            "step": self.step_done,
+            "networks": self.detector.networks.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """raises: ValueError if the state is of other settings or of another number of images."""
@@ -222,8 +215,7 @@ class Training:
         if changed := [name for name in here if there.get(name) != here[name]]:
             raise ValueError(f"of a run with another {', '.join(changed)}; move it away")
         self.detector.networks.load_state_dict(state["networks"])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
         self.step_done = state["step"]
 
 

@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(name, tmp
     training = next(iter(detector.trainings(images(8))))
     terms = training.terms
     training.terms = lambda x, draws, step: terms(x * (math.nan if step == 2 else 1), draws, step)
-    with pytest.raises(FloatingPointError, match=f"lower --detector-lr .{training.rates[0]:g}."):
+    with pytest.raises(FloatingPointError, match=f"lower --detector-lr .{training.start_rate:g}."):
         train(training, tmp_path / "c.pt", tmp_path / "log.csv", save_every=0.0)
     kept = torch.load(tmp_path / "c.pt", weights_only=True)
     assert kept["step"] == 2
