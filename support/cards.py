@@ -125,9 +125,9 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def img(content: bytes, alt: str) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(alt)}" width="160" height="160">'
+def img(content: bytes, alt: str, size: tuple[int, int] = (SIDE, SIDE)) -> str:
+    source = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+    return f'<img src="{source}" alt="{escape(alt)}" width="{size[0]}" height="{size[1]}">'
 
 
 def card_html(card: Card, threshold: float | None) -> str:

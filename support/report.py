@@ -24,7 +24,7 @@ from support.layouts import Dataset
 from support.options import Config, make_config, option
 from support.page import SCORES, Section, glossary, page, recounted, slider, table
 from support.run import read_json, read_rows, write_file
-from support.tables import displayed, fakes_described, measured
+from support.tables import HEADINGS, displayed, fakes_described, measured
 
 Array = NDArray[Any]
 
@@ -36,17 +36,10 @@ NAMES = {
     "trivial": "a detector of a few lines: what any method has to beat",
     "f_beta": "the pre-training's own head: 1 - P(n = 0), with MedMix how sure it is of a lesion",
 }
-MEASURES = {  # column -> key of a row; shown with KEY_sd and KEY_interval, where it has these
-    "AUROC": "image_auroc",
-    "Sensitivity": "sensitivity",
-    "Specificity": "specificity",
-    "Accuracy": "accuracy",
-    "AUROC of the map's mean": "image_auroc_mean_of_map",
-    "pixel AUROC": "pixel_auroc",
-    "AUPRO": "aupro",
-    "IoU": "iou",
-    "Dice": "dice",
-    "Pro": "pro",
+MEASURES = {  # of a row -> column; shown with KEY_sd and KEY_interval, where it has these
+    "image_auroc": "AUROC",
+    "image_auroc_mean_of_map": "AUROC of the map's mean",
+    **HEADINGS,
 }
 LOGS = {
     "log.csv": "pre-training",
@@ -155,10 +148,8 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
             "by <code>python eval.py RUN --score FOLDER</code>.</p>"
         )
         return Section("Measures", text + _fakes(results) + _healthy(results))
-    columns = {
-        title: key for title, key in MEASURES.items() if any(key in r for r in rows.values())
-    }
-    lines = [[_title(n, r), *(_value(r, key) for key in columns.values())] for n, r in rows.items()]
+    keys = [key for key in MEASURES if any(key in row for row in rows.values())]
+    lines = [[_title(n, r), *(_value(r, key) for key in keys)] for n, r in rows.items()]
     first = next(iter(rows.values()))
     count = first.get("images", {})
     caption = (
@@ -166,9 +157,9 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         f"images; {count.get('validation_normal')} and {count.get('validation_abnormal')} set the "
         "thresholds."
     )
-    if any(f"{key}_interval" in row for row in rows.values() for key in MEASURES.values()):
+    if any(f"{key}_interval" in row for row in rows.values() for key in keys):
         caption += " In brackets: intervals of 95%."
-    parts = [table(caption, ("", *columns), lines)]
+    parts = [table(caption, ["", *(MEASURES[key] for key in keys)], lines)]
     for name, row in rows.items():
         if over := row.get("over_untrained"):
             low, high = over["interval"]
@@ -306,14 +297,12 @@ def _views(folder: Path, config: Mapping[str, Any]) -> str:
     file = folder / "figures" / f"{strong}.png"
     if not file.is_file():
         return ""
-    with Image.open(file) as image:
-        content = jpeg(image)
-        size = f'width="{image.width}" height="{image.height}"'
     shown = f"Classes 0, 1, ... of {strong}"
     if strong == "medmix":
         shown = "Healthy images with 0, 1, ... fake lesions"
     what = f"{shown}, which the pre-training learns to tell apart"
-    picture = img(content, what).replace('width="160" height="160"', size)
+    with Image.open(file) as image:
+        picture = img(jpeg(image), what, image.size)
     return f"<figure>{picture}<figcaption>{what}.</figcaption></figure>"
 
 

@@ -14,20 +14,13 @@ from support.figures import dot_chart, png
 from support.options import option
 from support.rows import MASKED, OF_ONE_SET, ROWS, Row, reference
 from support.run import encoded, write_file
-from support.tables import PAPERS_NAMES, PRINTED, markdown_table
+from support.tables import HEADINGS, PAPERS_NAMES, PRINTED, markdown_table
 
 MEASURES = {  # of a finished run -> heading
     "image_auroc": "AUC",
     "interval": "95% interval",  # interval_low and interval_high
     "gain": "AUC over",  # that of `reference`, seed by seed, so on the same test images
-    "specificity": "Specificity",
-    "sensitivity": "Sensitivity",
-    "accuracy": "Accuracy",
-    "iou": "IoU",
-    "dice": "Dice",
-    "pro": "Pro",
-    "pixel_auroc": "pixel AUROC",
-    "aupro": "AUPRO",
+    **HEADINGS,
     "fake_lesions": "AUC of fake lesions",  # in healthy images
     "pretext": "f_beta's accuracy",
     "spread": "spread of z",

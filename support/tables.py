@@ -63,6 +63,16 @@ PAPERS_NAMES = {  # our row -> the paper's without a pre-training
     "panda": "PANDA",
     "cutpaste": "CutPaste",
 }
+HEADINGS = {  # of measures in a row, but of the image AUROC, for which the paper has "AUC"
+    "specificity": "Specificity",
+    "sensitivity": "Sensitivity",
+    "accuracy": "Accuracy",
+    "iou": "IoU",
+    "dice": "Dice",
+    "pro": "Pro",
+    "pixel_auroc": "pixel AUROC",
+    "aupro": "AUPRO",
+}
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
