@@ -358,28 +358,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--out and --json go with --score alone")
         if args.batch_size < 1:
             raise ValueError(f"--batch-size must be 1 or more, got {args.batch_size}")
-        _carry_out(args)
+        shared = {"skip_bad": args.skip_bad, "batch": args.batch_size}
+        if args.score:
+            run = load_run(args.run, args.device)
+            with signals():
+                score_files(args.run, *run, args.score, args.out, as_json=args.json, **shared)
+            return 0
+        shared |= {"device": args.device, "paper_protocol": args.paper_protocol}
+        with held(args.run):
+            to = evaluate_run(args.run, args.data, **shared)
+        show(read_text(to / "results.md"))
+        notify(f"results, scores and figures are in {to}")
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         return complain("eval.py", error)
     except KeyboardInterrupt:
         notify("\ninterrupted" + ("" if args.score else "; run the same command to start over"))
         return 130
     return 0
-
-
-def _carry_out(args: Any) -> None:
-    """Score, or evaluate and show the results."""
-    shared = {"skip_bad": args.skip_bad, "batch": args.batch_size}
-    if args.score:
-        run = load_run(args.run, args.device)
-        with signals():
-            score_files(args.run, *run, args.score, args.out, as_json=args.json, **shared)
-        return
-    shared |= {"device": args.device, "paper_protocol": args.paper_protocol}
-    with held(args.run):
-        to = evaluate_run(args.run, args.data, **shared)
-    show(read_text(to / "results.md"))
-    notify(f"results, scores and figures are in {to}")
 
 
 if __name__ == "__main__":

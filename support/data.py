@@ -253,13 +253,9 @@ def decode(
     raises:   ValueError, naming every unreadable file, unless skip_bad and some are readable.
     """
     check_size(size)
-
-    def read(files: Files) -> np.ndarray:
-        return read_image(files[0], size, window)
-
     images, unreadable = cached(
         [(path,) for path in paths],
-        read,
+        lambda files: read_image(files[0], size, window),
         (3, size, size),
         Path(cache_dir),
         label="decoding images",

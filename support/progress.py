@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
-from support.run import keep_freed_memory, lack, one_line, ranks
+from support.run import keep_freed_memory, one_line, ranks, short_of_memory
 
 T = TypeVar("T")
 
@@ -43,7 +43,12 @@ def complain(program: str, error: object) -> int:
     raises: the error again if it is neither the user's nor the machine's.
     """
     if isinstance(error, MemoryError | RuntimeError):
-        error = lack(error)  # raises again what is none
+        if short_of_memory(error):
+            error = "out of memory: lower --batch-size or --image-size"
+        elif ranks()[1] > 1:
+            error = f"another process of this run has ended or cannot be reached ({error!s:.200})"
+        else:
+            raise error
     clear = CLEAR_LINE if sys.stderr.isatty() else ""
     _print(clear + one_line(program, error), "", sys.stderr)
     return 2

@@ -97,16 +97,6 @@ def short_of_memory(error: Exception) -> bool:
     return memory or "allocate memory" in str(error)  # a RuntimeError on a CPU
 
 
-def lack(error: MemoryError | RuntimeError) -> str:
-    """The message for an error of the machine: memory, a lost process; raises any other again."""
-    text = str(error)
-    if short_of_memory(error):
-        return "out of memory: lower --batch-size or --image-size"
-    if ranks()[1] > 1:
-        return f"another process of this run has ended or cannot be reached ({text[:200]})"
-    raise error
-
-
 # --- files: written under another name, then renamed: an interruption leaves the old one ---------
 
 

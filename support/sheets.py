@@ -143,7 +143,9 @@ def write(
     common: options of all rows.   images: the data set's name.
     """
     rows = shown(name, rows)
-    options = _text_of({k: v for k, v in common.items() if k not in ("data", "device")})
+    shared = {k: v for k, v in common.items() if k not in ("data", "device")}
+    words = (option(k) if v is True else f"{option(k)} {v}" for k, v in shared.items())
+    options = " ".join(words) or "defaults"
     title = title_of(name, rows, images)
     text = markdown(name, f"{title}\n\nOptions of all rows: `{options}`", rows)
     if out is None:
@@ -167,8 +169,3 @@ def write(
     picture = dot_chart(dots, printed, title=title, axis=axis, note=note)
     write_file(out / f"{stem}.png", png(picture))
     return text
-
-
-def _text_of(options: Mapping[str, Any]) -> str:
-    words = (option(k) if v is True else f"{option(k)} {v}" for k, v in options.items())
-    return " ".join(words) or "defaults"
