@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy import ndarray as Array
+from numpy.typing import ArrayLike
 from PIL.Image import Image
 
 from detectors import PaDiM
@@ -33,8 +34,6 @@ from support.score_files import score_files
 from support.scoring import BATCH_SIZE, score_set
 from support.tables import comparable, displayed, origin, write_results, write_scores
 from support.worth import add_worth
-
-Array = NDArray[Any]
 
 VALIDATION = 50  # images of each class that set the thresholds              [P:§4.3]
 GROUPS = 5  # of abnormal images, for IoU, Dice and Pro                      [P:§4.5.1]

@@ -13,9 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 
-Array = NDArray[Any]
 Values = Any  # an array, a tensor of any device, or a list
 FPR_LIMIT = 0.3  # where the Pro-score's integral ends                    [P!§4.3 R10]
 LEVELS = 2**14  # thresholds tried for the best mean Dice                 [P!§4.3 R9]

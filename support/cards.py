@@ -13,14 +13,12 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 from PIL import Image
 
 from measures import dice
 from support import charts, figures
 from support.layouts import Sample
-
-Array = NDArray[Any]
 
 SIDE = 160  # pixels of a picture on the page
 CARDS = 96  # images on the page, of all detectors together: 20 KB each or so

@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
+from numpy import ndarray as Array
 
 WIDTH, HEIGHT = 440, 300  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 46  # around the plot

@@ -6,11 +6,9 @@ Not here: t-SNE itself (tsne.py). Sizes: A classes, N points, S pixels a side.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -33,8 +31,8 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 
 def draw_features(
     encoder: Encoder,
-    train: NDArray[Any],
-    test: NDArray[Any] | None,
+    train: np.ndarray,
+    test: np.ndarray | None,
     dataset: Dataset,
     config: Config,
     folder: Path,
@@ -75,7 +73,7 @@ def _features(encoder: Encoder, x: Tensor, device: torch.device) -> Tensor:
     return torch.cat(z)
 
 
-def scatter(groups: dict[str, NDArray[Any]], title: str, means: bool = False) -> Image.Image:
+def scatter(groups: dict[str, np.ndarray], title: str, means: bool = False) -> Image.Image:
     """Points of several groups with a legend; groups of test images are drawn hollow, on top.
 
     groups:  name -> (N, 2).   means: mark the mean of each group, larger.
@@ -117,7 +115,7 @@ def scatter(groups: dict[str, NDArray[Any]], title: str, means: bool = False) ->
 
 def _mark(
     draw: ImageDraw.ImageDraw,
-    at: NDArray[Any],
+    at: np.ndarray,
     shape: str,
     colour: str,
     hollow: bool,

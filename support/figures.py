@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from support.charts import spread_out
 from support.layouts import Sample
 from support.run import write_file
-
-Array = NDArray[Any]
 
 _INFERNO = np.array(  # dark is low, bright is high, for every kind of colour vision
     [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21),

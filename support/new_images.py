@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 
 from support import charts
 from support.cards import CARDS, Card, Gallery, cards_html, pictures_of
 from support.page import Section, glossary, page, recounted, slider, table
 from support.run import write_file
-
-Array = NDArray[Any]
 
 REPORT = "report_scored.html"
 

@@ -15,11 +15,9 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 
 from support import charts
-
-Array = NDArray[Any]
 
 SCORES = 10_000  # of a class that the slider recounts; of more, as many at even ranks
 TEMPLATE = Path(__file__).with_suffix(".html")

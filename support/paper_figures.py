@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -34,8 +34,6 @@ from support.readers import read_config, read_results
 from support.run import pick_device, read_rows
 from support.tables import PAPERS_NAMES
 from support.training import load
-
-Array = NDArray[Any]
 
 PICTURES = {1: "", 2: "", 3: "padim", 4: "igd", 5: "igd"}  # figure -> the paper's detector
 SIDE, TEXT = 220, 20  # pixels of an image and of its letters: both are legible at half that size

@@ -12,13 +12,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray as Array
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
 from support import data
 from support.progress import progress
-
-Array = np.ndarray
 
 
 def draw(

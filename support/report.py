@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 from PIL import Image
 
 from measures import confusion
@@ -25,8 +25,6 @@ from support.options import Config, make_config, option
 from support.page import SCORES, Section, glossary, page, recounted, slider, table
 from support.run import read_json, read_rows, write_file
 from support.tables import HEADINGS, displayed, fakes_described, measured
-
-Array = NDArray[Any]
 
 ROWS = 500  # of a log that a chart shows; of more, as many at even steps
 NAMES = {

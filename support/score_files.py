@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 from PIL import Image
 
 from support import data, figures
@@ -34,8 +34,6 @@ from support.progress import notify, ours_alone, progress, show
 from support.run import encoded, make_folder, one_word, real, write_file
 from support.scoring import score_batch
 from support.tables import quoted
-
-Array = NDArray[Any]
 
 COLUMNS = ("score", "percentile", "threshold", "verdict")  # of a detector in scores.csv
 MOST_SIDE = 32_000  # pixels of an overlay: JPEG has room for twice as many

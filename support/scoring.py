@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 
 from support.progress import progress
-
-Array = NDArray[Any]
 
 BATCH_SIZE = 8  # images scored at a time
 MAPS_IN_MEMORY = 2**28  # pixels, 1 GiB: heat maps of a larger set are kept in a temporary file

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from support.cache import digest
 from support.healthy import described
@@ -287,9 +286,9 @@ def _kept_columns(
 def write_scores(
     folder: Path,
     samples: Sequence[Sample],
-    scores: Mapping[str, NDArray[Any]],
+    scores: Mapping[str, np.ndarray],
     rows: Mapping[str, Any],
-    validation: NDArray[Any],
+    validation: np.ndarray,
     detectors: Mapping[str, Any],
 ) -> None:
     """scores.csv: path, kind, label, split, then score and predicted label of each detector.

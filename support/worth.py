@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy import ndarray as Array
 
 from detectors import PaDiM
 from encoder import ResNet18, seeded, to_unit
@@ -22,8 +22,6 @@ from measures import aupro, auroc
 from medmix import medmix
 from support.layouts import Sample
 from support.progress import progress
-
-Array = NDArray[Any]
 
 ROUNDS = 2000  # of a bootstrap
 BLOCK = 100  # of them at once
