@@ -52,7 +52,8 @@ def small(name: str, *, device: torch.device = DEVICE, **settings) -> Detector:
     return kind(Small().to(device) if kind.pretrained else device, **settings)
 
 
-def run(training: Training, stop: float = math.inf) -> Training:
+def run(training, stop: float = math.inf):
+    """Take the steps that are left, or those before step `stop`."""
     while training.step_done < min(training.total, stop):
         training.update(training.losses())
     return training

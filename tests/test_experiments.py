@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import experiments
-from support import layouts, phantom, sheets, tables
+from support import layouts, sheets, tables
 from support.cache import digest
 from support.compared import COMPARED
 from support.options import PRESETS, Config, make_config
@@ -17,13 +17,6 @@ from support.rows import ROWS, Row, read_sweep, rows_of, with_more
 from support.run import read_rows
 
 OPTIONS = "--image-size 32 --batch-size 4 --epochs 1 --classes 2 --init random".split()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "phantom"
-    phantom.draw(root, train=8, good=4, abnormal=4, size=32)
-    return root
 
 
 def config(**changes):
@@ -207,10 +200,14 @@ def test_a_run_without_pre_training_is_reused_for_the_same_start_and_the_same_de
     assert folder(detector="dae", preset="quick", **quick) != dae  # it has settings of its own
 
 
-def test_a_run_with_other_images_is_not_shown_as_one_with_these(images, tmp_path):
-    this = make_config({"data": str(images), "preset": "quick", "image_size": 32, "init": "random"})
+def test_a_run_with_other_images_is_not_shown_as_one_with_these(phantoms, tmp_path):
+    this = make_config(
+        {"data": str(phantoms), "preset": "quick", "image_size": 32, "init": "random"}
+    )
     experiments.check_images(this, tmp_path)  # nothing has been run
-    saved = dataclasses.asdict(this) | {"images": digest(layouts.discover(images).images, images)}
+    saved = dataclasses.asdict(this) | {
+        "images": digest(layouts.discover(phantoms).images, phantoms)
+    }
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(saved))
@@ -349,10 +346,10 @@ def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert "| a | 0 | not run |" in text and "a failed: no weights" in text
 
 
-def test_the_command_runs_what_is_missing_and_reuses_the_rest(images, tmp_path, capsys):
+def test_the_command_runs_what_is_missing_and_reuses_the_rest(phantoms, tmp_path, capsys):
     sweep, out = tmp_path / "pair.txt", tmp_path / "out"
     sweep.write_text("plain\nnothing --method random\n")
-    command = ["--sweep", str(sweep), "--data", str(images), "--seeds", "1", "--out", str(out)]
+    command = ["--sweep", str(sweep), "--data", str(phantoms), "--seeds", "1", "--out", str(out)]
     assert experiments.main([*command, *OPTIONS, "--show"]) == 0
     assert "| plain | 0 | not run |" in capsys.readouterr().out and not out.exists()
     assert experiments.main([*command, *OPTIONS]) == 0

@@ -14,7 +14,7 @@ import torch
 from conftest import DEVICE, generator
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compared import images
+from test_compared import images, run
 from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, Block, Z, critic, critic_loss, gaussian, interpolate, widths
@@ -42,13 +42,6 @@ def small(local: bool = False, *, device: torch.device = DEVICE, **settings) -> 
     settings = {"local_epochs": settings["epochs"]} | settings
     networks = [Small(i).to(device) for i in range(1 + local)]
     return IGD(*networks, **settings)  # type: ignore[arg-type]
-
-
-def run(training: Training, stop: int | None = None) -> Training:
-    """Take the steps that are left, or those before step `stop`."""
-    while training.step_done < (training.total if stop is None else stop):
-        training.update(training.losses())
-    return training
 
 
 def weights(detector: IGD) -> list[torch.Tensor]:

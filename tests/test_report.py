@@ -24,6 +24,7 @@ from measures import auroc, confusion
 from support import cards, charts, data, figures, healthy, layouts, options, report
 from support.new_images import NewImages, write_score_report
 from support.page import SCORES, recounted, slider
+from support.readers import ROW_COUNTS
 from support.score_files import Judge
 
 BROWSER = next(
@@ -240,8 +241,7 @@ def test_each_measure_of_the_page_stands_under_its_name():
         "image_auroc": 0.91, "sensitivity": 0.6, "specificity": 0.7, "accuracy": 0.65, "iou": 0.3,
         "image_auroc_mean_of_map": 0.81, "pixel_auroc": 0.93, "aupro": 0.55, "dice": 0.4,
         "pro": 0.5, "notes": [], "threshold": 1.0,
-        "images": {"test_normal": 1, "test_abnormal": 2, "validation_normal": 3,
-                   "validation_abnormal": 4},
+        "images": dict(zip(ROW_COUNTS, (3, 4, 1, 2), strict=True)),
     }  # fmt: skip
     text = report._measures({"padim": row}, {"padim": row}).content
     assert "Measured on 1 normal and 2 abnormal images; 3 and 4 set the thresholds." in text
@@ -276,13 +276,6 @@ def test_each_log_and_each_of_its_columns_has_its_title(log, column, title, name
     texts = Page((tmp_path / "report.html").read_text()).texts
     assert [text for text in texts if text in report.LOGS.values()] == [title]
     assert name in texts and f"{name} from 0.5 to 0.25 over 2 rows of the log" in texts
-
-
-def test_the_images_of_the_papers_protocol_are_all_shown():
-    validation = np.arange(6) < 2
-    for protocol, want in ((True, [True] * 6), (False, (~validation).tolist())):
-        row = {"data": {"paper_protocol": protocol}}
-        assert cards.measured_images(row, validation).tolist() == want
 
 
 def test_cards_have_image_heat_map_and_outline_and_say_what_they_show(two):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from test_tables import ROW
 
 import eval as evaluation
 from support import cache, score_files
@@ -103,11 +104,7 @@ def test_scores_percentiles_verdicts_and_overlays(run, new, capsys):
 
 
 def test_the_runs_own_threshold_goes_before_that_of_healthy_images(run, new, capsys):
-    row = {
-        "image_auroc": 1.0, "specificity": 1.0, "sensitivity": 1.0, "accuracy": 1.0, "notes": [],
-        "threshold": 0.3, "images": dict.fromkeys(evaluation_counts(), 2), "map_scale": [0.0, 1.0],
-        "image_auroc_interval": [0.9, 1.0],
-    }  # fmt: skip
+    row = ROW | {"threshold": 0.3, "map_scale": [0.0, 1.0]}
     (run / "results.json").write_text(json.dumps({"bright": row}))
     assert evaluation.main([str(run), "--score", str(new), "--json"]) == 0
     items = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -131,10 +128,6 @@ def test_deep_new_images_are_shown_in_the_window_of_the_run(run, tmp_path):
     Image.fromarray(np.full((32, 32), 400, np.uint16)).save(tmp_path / "deep.png")
     assert evaluation.main([str(run), "--score", str(tmp_path / "deep.png")]) == 0
     assert float(rows_of(run / "scored")[0]["bright_score"]) == pytest.approx(0.4, abs=0.01)
-
-
-def evaluation_counts():
-    return ("validation_normal", "validation_abnormal", "test_normal", "test_abnormal")
 
 
 NAMES = ["tab\t.png", "line\nbreak.png", "car\rriage.png", 'quote".png', "comma,.png", "ü.png"]

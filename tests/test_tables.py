@@ -13,6 +13,7 @@ import pytest
 from support import tables
 from support.cache import digest
 from support.layouts import Dataset, Sample
+from support.readers import ROW_COUNTS
 from support.run import read_rows, write_file
 
 
@@ -34,9 +35,7 @@ ROW = {
     "image_auroc": 0.9, "image_auroc_interval": [0.85, 0.95],
     "specificity": 0.8, "sensitivity": 0.7, "accuracy": 0.75,
     "threshold": 1.5, "notes": ["A sentence."],
-    "images": dict.fromkeys(
-        ("validation_normal", "validation_abnormal", "test_normal", "test_abnormal"), 10
-    ),
+    "images": dict.fromkeys(ROW_COUNTS, 10),
     "iou": 0.4, "dice": 0.5, "pro": 0.6, "iou_sd": None, "dice_sd": None, "pro_sd": None,
     "pixel_threshold": 2.0, "best_possible": {"threshold": 2.1, "iou": 0.41, "dice": 0.51},
     "pixel_auroc": 0.95, "aupro": 0.65,
@@ -161,12 +160,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_results_md_has_each_number_in_its_place():
-    counts = {
-        "validation_normal": 1,
-        "validation_abnormal": 2,
-        "test_normal": 3,
-        "test_abnormal": 4,
-    }
+    counts = dict(zip(ROW_COUNTS, (1, 2, 3, 4), strict=True))
     over = {"difference": 0.1, "interval": [-0.05, 0.2]}
     text = tables.results_table(
         {"padim": ROW | {"images": counts, "iou_sd": 0.03, "over_untrained": over}}
