@@ -244,9 +244,8 @@ class Pretraining:
         """Right after the warm-up, and every 5 epochs if re-estimated.   [P:§4.7.5]"""
         since = self.step_done - self.config.warmup_epochs * self.steps
         again = since > 0 and since % (RE_ESTIMATE * self.steps) == 0
-        return bool(CENTRED & set(self.terms)) and (
-            since == 0 or again and self.config.centres == "re-estimated"
-        )
+        due = since == 0 or (again and self.config.centres == "re-estimated")
+        return due and bool(CENTRED & set(self.terms))
 
     def centres(self) -> Tensor:
         """c (A, Z) of eq. 2, or Table 10's others.   [P!(2) R5 R20] [P!§4.7.5 R31]"""

@@ -121,10 +121,10 @@ class PANDA(Detector):
         fisher = fisher_information(self.networks["resnet"], x, weights, draws) if self.ewc else []
 
         def terms(x: Tensor, generator: torch.Generator, step: int) -> Terms:
-            compact = {"compact": compactness_loss(self.features(x)[0], centre)}
-            return compact | (
-                {"ewc": self.ewc * ewc_loss(weights, start, fisher)} if fisher else {}
-            )
+            losses = {"compact": compactness_loss(self.features(x)[0], centre)}
+            if fisher:
+                losses["ewc"] = self.ewc * ewc_loss(weights, start, fisher)
+            return losses
 
         sgd = torch.optim.SGD(weights, self.lr, momentum=0.9, weight_decay=5e-5)
         yield Training(self, self.kind, images, terms, sgd, epochs=self.epochs, clip=self.clip)

@@ -154,9 +154,8 @@ def build(variant: Variant, chip: str, count: bool) -> dict[str, Any]:
     if amd:
         spills = re.findall(r"\.[av]gpr_spill_count:\s+(\d+)", built.asm["amdgcn"])
         return found | {"spilled": sum(map(int, spills))}
-    found["matrix"] = len(
-        re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", built.asm["ptx"])
-    )
+    products = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+    found["matrix"] = len(re.findall(products, built.asm["ptx"]))
     found["registers"] = int(re.findall(r"Used (\d+) registers", log.getvalue())[0])
     found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
     return found | (turn(disassembled(built.asm["cubin"])) if count else {})

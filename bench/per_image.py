@@ -81,9 +81,8 @@ def with_lesions(
             patch = patch.transform(patch.size, Image.Transform.MESH, mesh, 2)
         mask = Image.new("L", patch.size)
         shape = ImageDraw.Draw(mask)
-        (shape.ellipse if draw.random() < 0.5 else shape.rectangle)(
-            (1, 1, width - 2, height - 2), 255
-        )
+        fill = shape.ellipse if draw.random() < 0.5 else shape.rectangle
+        fill((1, 1, width - 2, height - 2), 255)
         mask = mask.filter(ImageFilter.GaussianBlur(max(1, min(width, height) // 8)))
         place = draw.randint(0, side - width), draw.randint(0, side - height)
         image.paste(patch, place, mask)

@@ -185,9 +185,8 @@ def counts() -> str:
     """What a GPU would be told and waited for in a step of the paper's size."""
     whole, bare = of_step(Config(device="meta", init="random"), pictures(64, 256))
     launches = whole.launches.total() - bare.launches.total()
-    return f"a step of 256 views, 256 px: {launches} launches beside its encoder's, " + (
-        f"{whole.waits.total()} wait(s)"
-    )
+    told = f"{launches} launches beside its encoder's, {whole.waits.total()} wait(s)"
+    return f"a step of 256 views, 256 px: {told}"
 
 
 def main() -> None:

@@ -167,9 +167,8 @@ def cards_html(shown: Gallery, threshold: float | None, what: str) -> str:
         f'<label>Score {word} <input type="number" step="any" name="{word}"></label>'
         for word in ("from", "to")
     ]
-    stops = ", ".join(
-        f"rgb({r} {g} {b})" for r, g, b in figures.heat_colours(np.linspace(0, 1, 8)).tolist()
-    )
+    colours = figures.heat_colours(np.linspace(0, 1, 8)).tolist()
+    stops = ", ".join(f"rgb({r} {g} {b})" for r, g, b in colours)
     low, high = (charts.number(end) for end in shown.scale)
     return (
         f"<h3>Images</h3><p>{what} Heat maps: {low} "

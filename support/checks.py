@@ -167,20 +167,18 @@ def check_masks(samples: Sequence[Sample], masks: np.ndarray | None, known: Any)
     index = [i for i, s in enumerate(samples) if s.label and known[i]]
     empty = [i for i in index if not masks[i].any()]
     full = [i for i in index if masks[i].all()]
-    for which, what in ((empty, "no lesion"), (full, "nothing but lesion")):
+    notes = []
+    kinds = (empty, "no lesion", ": left out of pixel measures"), (full, "nothing but lesion", "")
+    for which, what, then in kinds:
         if which and len(which) == len(index):
             raise ValueError(
                 f"all {len(index)} masks hold {what}, the first is {samples[which[0]].mask}: "
                 "a mask is 255 in the lesion and 0 elsewhere"
             )
-    found = [(empty, "no lesion: left out of pixel measures"), (full, "nothing but lesion")]
-    return told(
-        [
-            f"{len(which)} masks hold {what}: {named(samples[i].mask for i in which)}"
-            for which, what in found
-            if which
-        ]
-    )
+        if which:
+            files = named(samples[i].mask for i in which)
+            notes.append(f"{len(which)} masks hold {what}{then}: {files}")
+    return told(notes)
 
 
 # --- space on the disk ---------------------------------------------------------------------------

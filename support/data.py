@@ -337,14 +337,13 @@ def decode_test(
     raises:   ValueError as `decode` and `decode_masks`, or if only one class is left.
     """
     paths = [sample.path for sample in dataset.test]
-    images, kept = decode(
-        paths, size, cache_dir, skip_bad=skip_bad, window=window, left_out=left_out
-    )
+    how: dict[str, Any] = {"skip_bad": skip_bad, "left_out": left_out}
+    images, kept = decode(paths, size, cache_dir, window=window, **how)
     dataset = dataclasses.replace(dataset, test=tuple(dataset.test[i] for i in kept))
     dataset.check_test()
     if not dataset.has_masks:
         return dataset, images, None, None
-    masks, known = decode_masks(dataset.test, size, cache_dir, skip_bad=skip_bad, left_out=left_out)
+    masks, known = decode_masks(dataset.test, size, cache_dir, **how)
     return dataset, images, masks, known
 
 

@@ -78,7 +78,8 @@ def image_grid(
     heads = ["\n".join(part[: int(side / wide)] for part in c.splitlines()) for c in columns]
     notes = textwrap.wrap(note, int(width / (1.16 * wide)), break_on_hyphens=False)
     titles = textwrap.wrap(title, int(width / (1.5 * wide)), break_on_hyphens=False)
-    top = gap + 2 * text * len(titles) + line * max((h.count("\n") + 1 for h in heads), default=0)
+    tallest = max((h.count("\n") + 1 for h in heads), default=0)
+    top = gap + 2 * text * len(titles) + line * tallest
     bottom = top + len(cells) * (side + gap)
     sheet = Image.new("RGB", (width, bottom + line * len(notes) + (8 if note else 0)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -72,15 +72,12 @@ def visible(name: str) -> bool:
 
 def how_to_convert(root: Path) -> str:
     """A sentence for the files below a folder that hold images of a kind that is not read."""
-    sentences = []
+    text = ""
     endings = [name for _, _, files in walk(root) for name in files if visible(name)]
     for kind, (of_kind, how) in CONVERT.items():
-        count = sum(_ending(name) in of_kind for name in endings)
-        if count:
-            sentences.append(
-                f"{count} {kind} files are not read: write PNG files first, by {how}. "
-            )
-    return "".join(sentences)
+        if count := sum(_ending(name) in of_kind for name in endings):
+            text += f"{count} {kind} files are not read: write PNG files first, by {how}. "
+    return text
 
 
 def other_kind(path: Path) -> str:

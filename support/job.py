@@ -93,22 +93,18 @@ def prepare(config: Config, folder: Path) -> Images:
     if saved.get("images", images) != images:
         raise ValueError(f"{root}: not the images that {folder} was begun with; begin another run")
     window = window_of_set(dataset.images, config.window, saved)
-    size, cache = config.image_size, cache_folder(folder)
-    how: dict[str, Any] = {"skip_bad": config.skip_bad, "window": window, "left_out": notes}
-    fit, train, held_out = data.decode_train(
-        dataset.train, config.healthy_share, size, cache, **how
-    )
+    how: dict[str, Any] = {"size": config.image_size, "cache_dir": cache_folder(folder)}
+    how |= {"skip_bad": config.skip_bad, "window": window, "left_out": notes}
+    fit, train, held_out = data.decode_train(dataset.train, config.healthy_share, **how)
     dataset = dataclasses.replace(dataset, train=fit)
     test = masks = known = None
     if dataset.test:
-        dataset, test, masks, known = data.decode_test(dataset, size, cache, **how)
+        dataset, test, masks, known = data.decode_test(dataset, **how)
     notes += checks.check_masks(dataset.test, masks, known)
     checks.check_threads(saved)
     if saved.get("data") != config.data:  # a new run, or images that have moved
-        content = (
-            dataclasses.asdict(config) | versions(config.device) | saved | {"data": config.data}
-        )
-        content |= {"values_shown": window, "images": images}
+        content = dataclasses.asdict(config) | versions(config.device) | saved
+        content |= {"data": config.data, "values_shown": window, "images": images}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
     pixels = data.resident(train, torch.device(config.device))
     return Images(dataset, train, pixels, test, masks, known, held_out, tuple(notes))

@@ -32,7 +32,7 @@ from support.features import COLOURS, POINTS, scatter
 from support.options import Config
 from support.readers import read_config, read_results
 from support.run import pick_device, read_rows
-from support.tables import PAPERS_NAMES
+from support.tables import PAPERS_NAMES, measured
 from support.training import load
 
 PICTURES = {1: "", 2: "", 3: "padim", 4: "igd", 5: "igd"}  # figure -> the paper's detector
@@ -210,13 +210,8 @@ def views_figure(images: Array, config: Config, name: str) -> Image.Image:
     for i in range(len(x)):
         cells.append([to_bytes(images[i]) for images, _ in pairs])
         if config.strong in PASTED:
-            shown = zip(cells[-1], pairs, strict=True)
-            cells.append(
-                [
-                    figures.outlined(c, masks[i, 0].numpy(), figures.YELLOW, SIDE)
-                    for c, (_, masks) in shown
-                ]
-            )
+            shown = zip(cells[-1], (masks[i, 0].numpy() for _, masks in pairs), strict=True)
+            cells.append([figures.outlined(c, m, figures.YELLOW, SIDE) for c, m in shown])
     title = f"Fig. 2, {config.strong}: {name}"
     figure = figures.image_grid(cells, columns=names, title=title, side=SIDE, text=TEXT)
     key = {"where it was pasted": figures.YELLOW} if config.strong in PASTED else {}
@@ -241,10 +236,8 @@ class Detections:
 
 def detectors_of(run: Run) -> list[str]:
     """The measured detectors with heat maps, but not the one on the untrained network."""
-    rows = read_results(run.folder).items()
-    return [
-        k for k, row in rows if k != "untrained" and isinstance(row, dict) and "map_scale" in row
-    ]
+    rows = measured(read_results(run.folder)).items()
+    return [name for name, row in rows if name != "untrained" and "map_scale" in row]
 
 
 def detections(run: Run, name: str) -> Detections:
@@ -363,11 +356,9 @@ def with_key(
     if scale is not None:
         low, high = (f"heat map: {number(scale[0])}", number(scale[1]))
         x = 8 + font.getlength(low) + TEXT / 2
-        bar = np.broadcast_to(
-            figures.heat_colours(np.linspace(0, 1, 10 * TEXT)), (TEXT, 10 * TEXT, 3)
-        )
+        bar = figures.heat_colours(np.linspace(0, 1, 10 * TEXT))[None].repeat(TEXT, axis=0)
         draw.text((8, y + TEXT / 2), low, "black", font, anchor="lm")
-        sheet.paste(Image.fromarray(np.ascontiguousarray(bar)), (round(x), y))
+        sheet.paste(Image.fromarray(bar), (round(x), y))
         draw.text((x + 10.5 * TEXT, y + TEXT / 2), high, "black", font, anchor="lm")
         y += line
     for k, note in enumerate(notes):

@@ -111,9 +111,8 @@ def _what(
     trained = f"{train} healthy images"
     if not own:
         trained = "other images: " + (config.get("data") or "phantoms that the program drew")
-    method = (
-        f"{config.get('method')}, preset {config.get('preset')}, epochs: {config.get('epochs')}"
-    )
+    method, preset, epochs = map(config.get, ("method", "preset", "epochs"))
+    method = f"{method}, preset {preset}, epochs: {epochs}"
     if config.get("encoder"):
         method = f"no pre-training: the encoder of {config['encoder']}"
     tested = f"{normal} normal and {abnormal} abnormal images, {masks} masks"
@@ -309,9 +308,8 @@ def _settings(config: Mapping[str, Any]) -> Section:
     rows = [(f"<code>{escape(k)}</code>", escape(str(v))) for k, v in config.items()]
     text = f"<p>To run it again:</p><pre>{escape(command(config))}</pre>"
     settings = table("What config.json holds", (), rows)
-    return Section(
-        "Settings", f"{text}<details><summary>All settings</summary>{settings}</details>"
-    )
+    text += f"<details><summary>All settings</summary>{settings}</details>"
+    return Section("Settings", text)
 
 
 def command(config: Mapping[str, Any]) -> str:

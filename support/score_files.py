@@ -114,9 +114,8 @@ def score_files(
         with Output(made, judges, files, as_json) as to:
             read = functools.partial(_read, size=size, window=window)
             shown = progress(ahead(functools.partial(attempt, read), files), len(files), "scoring")
-            scored = _scored(
-                detectors, _readable(shown, skip_bad, left_out), min(batch, len(files))
-            )
+            readable = _readable(shown, skip_bad, left_out)
+            scored = _scored(detectors, readable, min(batch, len(files)))
             lacking = any(each.scale is None for each in judges.values())
             first = list(islice(scored, MAPS_FOR_SCALE if lacking else 0))
             to.set_scales(first)
@@ -314,9 +313,8 @@ class Output:
             if heat is not None and (scale := self.judges[name].scale):
                 target = self.folder / "overlays" / name / place
                 target.parent.mkdir(parents=True, exist_ok=True)
-                figures.overlay_with_bar(of_image.grey, heat, scale).save(
-                    target, "JPEG", quality=90
-                )
+                overlay = figures.overlay_with_bar(of_image.grey, heat, scale)
+                overlay.save(target, "JPEG", quality=90)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.table.close()

@@ -203,9 +203,8 @@ def _worth(rows: Mapping[str, Any], fakes: Mapping[str, Any] | None) -> list[str
 
 def fakes_described(fakes: Mapping[str, Any]) -> str:
     """How well fake lesions are found, with the encoder and with the untrained one."""
-    auroc, aupro = (
-        f"{fakes[k]:.3f} ({fakes['untrained'][k]:.3f})" for k in ("image_auroc", "aupro")
-    )
+    before = fakes["untrained"]
+    auroc, aupro = (f"{fakes[k]:.3f} ({before[k]:.3f})" for k in ("image_auroc", "aupro"))
     return f"Fake lesions in healthy images (untrained): image AUROC {auroc}, AUPRO {aupro}."
 
 
