@@ -402,30 +402,6 @@ def test_scars_are_uniform_in_width_length_and_angle():
     assert_uniform(angle, -math.pi / 4, math.pi / 4)
 
 
-@pytest.mark.parametrize("up", [True, False])
-def test_fanogans_block_is_its_formula(up):
-    torch.manual_seed(0)
-    block = fanogan.Block(4, 6, lambda channels: nn.GroupNorm(1, channels), up=up)
-    x = torch.randn(3, 4, 8, 8, generator=generator())
-
-    def normed(y):
-        deviation = (y.var((1, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return ((y - y.mean((1, 2, 3), keepdim=True)) / deviation).relu()
-
-    def resized(y, up):
-        if up:
-            return y.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return y.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
-
-    y = block.conv2(normed(block.conv1(resized(normed(x), True) if up else normed(x))))
-    want = (
-        y + resized(block.shortcut(x), True)
-        if up
-        else resized(y, False) + block.shortcut(resized(x, False))
-    )
-    torch.testing.assert_close(block(x), want, rtol=1e-4, atol=1e-5)
-
-
 def test_the_knn_distance_keeps_its_digits_far_from_zero():
     x, bank = (300 + torch.rand(n, 64, generator=generator(n)) for n in (5, 40))
     square = (x[:, None].double() - bank.double()).square().sum(dim=2)

@@ -195,6 +195,7 @@ def test_masks_in_colour_jpeg_palette_one_bit_and_alpha(tmp_path):
     red = np.zeros((40, 40, 3), np.uint8)
     red[want] = (200, 0, 0)
     Image.fromarray(red).save(tmp_path / "red.png")
+    Image.fromarray(red[..., [1, 0, 2]]).save(tmp_path / "green.png")
     Image.fromarray(red).quantize(4).save(tmp_path / "palette.png")
     Image.fromarray(want).save(tmp_path / "bit.png")
     Image.fromarray(want.astype(np.uint8) * 255).save(tmp_path / "jpeg.jpg", quality=60)
@@ -202,7 +203,7 @@ def test_masks_in_colour_jpeg_palette_one_bit_and_alpha(tmp_path):
     alpha[..., 3] = 255 * want
     Image.fromarray(alpha).save(tmp_path / "alpha.png")
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "empty.png")
-    for name in ("red.png", "palette.png", "bit.png", "jpeg.jpg", "alpha.png"):
+    for name in ("red.png", "green.png", "palette.png", "bit.png", "jpeg.jpg", "alpha.png"):
         assert (data.read_mask(tmp_path / name, 40) == want).all(), name
     assert not data.read_mask(tmp_path / "empty.png", 40).any()
 
@@ -384,24 +385,12 @@ def test_held_out_images_are_apart_from_those_that_train(bad, tmp_path):
         assert all((data.read_image(f, S) == x).all() for f, x in zip(files, decoded, strict=True))
 
 
-def test_a_mask_may_be_of_one_colour(tmp_path):
-    green = np.zeros((40, 40, 3), np.uint8)
-    green[8:32, 8:32] = (0, 200, 0)
-    Image.fromarray(green).save(tmp_path / "m.png")
-    assert (data.read_mask(tmp_path / "m.png", 40) == (green[..., 1] > 0)).all()
-
-
-def test_nan_is_shown_black(tmp_path):
-    Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(tmp_path / "a.tif")
-    assert not data.read_image(tmp_path / "a.tif", S, (-100.0, 300.0)).any()
-
-
-def test_infinite_values_are_shown_white_and_black(tmp_path):
+def test_infinite_values_are_shown_white_and_black_and_nan_black(tmp_path):
     values = np.full((32, 32), np.inf, np.float32)
-    values[16:] = -np.inf
+    values[16:], values[:8] = -np.inf, np.nan
     Image.fromarray(values).save(tmp_path / "a.tif")
     image = data.read_image(tmp_path / "a.tif", S, (-100.0, 300.0))
-    assert (image[:, :16] == 255).all() and not image[:, 16:].any()
+    assert (image[:, 8:16] == 255).all() and not image[:, 16:].any() and not image[:, :8].any()
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -393,8 +393,6 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, m
 
 
 def png(**changes) -> bytes:
-    import io
-
     content = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(
         content, **{"format": "PNG"} | changes

@@ -18,6 +18,7 @@ from test_compared import images, run
 from torch import Tensor, nn
 
 from autoencoder import AutoEncoder, Block, Z, critic, critic_loss, gaussian, interpolate, widths
+from baselines import fanogan
 from encoder import POOLED, ResNet18, normalise, seeded
 from igd import IGD, Training, anomaly_likelihood, anomaly_score, fold, reconstruction_error, unfold
 from ssim import ms_ssim, residual_map, setting
@@ -600,11 +601,14 @@ def test_the_defaults_are_the_papers_and_the_authors():
 
 
 @pytest.mark.parametrize("up", [True, False])
-def test_a_block_is_its_formula(up):
+@pytest.mark.parametrize("kind", ["igd", "fanogan"])
+def test_a_block_is_its_formula(kind, up):
     """A residual block with norm and ReLU first; the critic's looks at each sample alone."""
     torch.manual_seed(0)
-    block, x = Block(4, 6, up=up), torch.randn(3, 4, 8, 8, generator=generator())
-    axes = (0, 2, 3) if up else (1, 2, 3)  # of batch norm; of a norm of each sample
+    block, axes = Block(4, 6, up=up), (0, 2, 3) if up else (1, 2, 3)  # batch norm; of each sample
+    if kind == "fanogan":
+        block, axes = fanogan.Block(4, 6, lambda c: nn.GroupNorm(1, c), up=up), (1, 2, 3)
+    x = torch.randn(3, 4, 8, 8, generator=generator())
 
     def normed(y):
         deviation = (y.var(axes, unbiased=False, keepdim=True) + 1e-5).sqrt()

@@ -382,12 +382,7 @@ def fails(folder: Path, *named: str, arguments: tuple[str, ...] = ()) -> None:
 
 
 def folder_with(tmp_path: Path, phantoms: Path) -> Path:
-    (tmp_path / "data").mkdir(parents=True)
-    for path in phantoms.rglob("*.png"):
-        target = tmp_path / "data" / path.relative_to(phantoms)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    return tmp_path / "data"
+    return Path(shutil.copytree(phantoms, tmp_path / "data"))
 
 
 def test_all_unreadable_files_are_named_and_can_be_skipped(tmp_path, phantoms):
@@ -481,10 +476,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(phantoms,
 
 
 def test_training_on_a_flat_folder_goes_without_measures(tmp_path, phantoms):
-    root = tmp_path / "flat"
-    root.mkdir()
-    for path in (phantoms / "train/good").iterdir():
-        (root / path.name).write_bytes(path.read_bytes())
+    root = shutil.copytree(phantoms / "train/good", tmp_path / "flat")
     folder = tmp_path / "run"
     assert job.main(["--data", str(root), "--out", str(folder), *TINY]) == 0
     results = json.loads((folder / "results.json").read_text())
