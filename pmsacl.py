@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from baselines.pretraining import UNTRAINED, nt_xent, supervised_contrastive
-from baselines.strong import STRONG
+from baselines.strong import PASTED, STRONG
 from encoder import Encoder, channels_last, seeded, to_unit
 from kernels.contrastive import contrastive
 from losses import (
@@ -55,7 +55,7 @@ def strong_set(config: Config) -> Callable[..., tuple[Tensor, Tensor]]:
     augment: Callable[..., tuple[Tensor, Tensor]] = STRONG[config.strong]
     if config.strong == "rotation":
         return functools.partial(augment, classes=config.classes)
-    if config.strong in ("medmix", "cutout", "cutmix"):
+    if config.strong in PASTED:
         low, high = lesion_area(config)
         return functools.partial(augment, min_area=low, max_area=high)
     return augment

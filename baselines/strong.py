@@ -139,3 +139,4 @@ STRONG = {
     "noise": gaussian_noise,
     "cutmix": cutmix,
 }
+PASTED = ("medmix", "cutout", "cutmix")  # those that change a part of an image, and say which

@@ -89,9 +89,9 @@ def spread_out(count: int, most: int) -> Array:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values between the ends, ends included where they are round."""
-    rough = (high - low) / (most - 1)
+def ticks(low: float, high: float) -> list[float]:
+    """Six round values between the ends or so, ends included where they are round."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

@@ -117,8 +117,7 @@ def check_content(dataset: Dataset, elsewhere: Sequence[Path] = (), *, allow: bo
 def check_unused(dataset: Dataset) -> list[str]:
     """Notes on what lies in the data set's folder and is not used, and what cannot be read."""
     failed: list[str] = []
-    mine = {real(path) for path in dataset.train}
-    mine |= {real(sample.path) for sample in dataset.test}
+    mine = set(map(real, dataset.images))
     unused: dict[str, int] = {}
     for parent, folders, files in walk(dataset.root, lambda e: failed.append(str(e.filename))):
         folders[:] = filter(visible, folders)

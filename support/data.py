@@ -254,15 +254,10 @@ def decode(
     """
     check_size(size)
     images, unreadable = cached(
-        [(path,) for path in paths],
-        lambda files: read_image(files[0], size, window),
-        (3, size, size),
-        Path(cache_dir),
-        label="decoding images",
-        skip_bad=skip_bad,
-        zeros_for_unreadable=False,
-        key=window,
-    )
+        [(path,) for path in paths], lambda files: read_image(files[0], size, window),
+        (3, size, size), Path(cache_dir), label="decoding images", skip_bad=skip_bad,
+        zeros_for_unreadable=False, key=window,
+    )  # fmt: skip
     _tell(unreadable, left_out)
     return images, np.array([i for i in range(len(paths)) if i not in unreadable], dtype=np.int64)
 
@@ -304,14 +299,10 @@ def decode_masks(
         return read_mask(mask, size, image=image).astype(np.uint8)
 
     masks, unreadable = cached(
-        [(sample.mask, sample.path) if sample.mask else () for sample in samples],
-        read,
-        (size, size),
-        Path(cache_dir),
-        label="decoding masks",
-        skip_bad=skip_bad,
+        [(sample.mask, sample.path) if sample.mask else () for sample in samples], read,
+        (size, size), Path(cache_dir), label="decoding masks", skip_bad=skip_bad,
         zeros_for_unreadable=True,
-    )
+    )  # fmt: skip
     _tell(unreadable, left_out)
     known = [
         (sample.label == 0 or sample.mask is not None) and i not in unreadable

@@ -21,6 +21,7 @@ from numpy import ndarray as Array
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
+from baselines.strong import PASTED
 from encoder import seeded, to_unit
 from eval import load as read_detector
 from eval import load_run
@@ -37,9 +38,9 @@ from support.training import load
 
 PICTURES = {1: "", 2: "", 3: "padim", 4: "igd", 5: "igd"}  # figure -> the paper's detector
 SIDE, TEXT = 220, 20  # pixels of an image and of its letters: both are legible at half that size
-EXAMPLES = 3  # healthy images of Fig. 2
+EXAMPLES = 3  # views of a class in Fig. 1, healthy images of Fig. 2
+COLUMNS = 6  # images of a class in Fig. 5
 FRAMES = {"judged correctly": figures.GREEN, "judged wrongly": figures.RED}
-PASTED = ("medmix", "cutout", "cutmix")  # what changes a part of the image, and says which
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ def draw_views(config: Config) -> Image.Image:
 # --- Fig. 1: the classes of views, and where they land -------------------------------------------
 
 
-def classes_figure(run: Run, examples: int = 3) -> Image.Image:
+def classes_figure(run: Run) -> Image.Image:
     """Weak views of each class's images, and where z = f_theta of such views lies.   [P:Fig.1]
 
-    The images were held back from the training. examples: views of each class in the pictures.
+    The images were held back from the training.
     """
     training = trained(run)
     held = training.watched[: POINTS // 2]
@@ -137,7 +138,7 @@ def classes_figure(run: Run, examples: int = 3) -> Image.Image:
     side = max(40, (plot.height - 54) // len(names) - 6)
     cells: list[list[Image.Image]] = []
     for k in range(len(names)):
-        shown = views[of_class == k][::2][:examples]  # the first view of each image
+        shown = views[of_class == k][::2][:EXAMPLES]  # the first view of each image
         colour = ImageColor.getrgb(COLOURS[k % len(COLOURS)])
         cells.append([framed(to_bytes(x), colour, side) for x in shown])
     words = (
@@ -283,7 +284,7 @@ def lesions_figure(run: Run, number: int, name: str) -> Image.Image:
     return with_key(figure, key, d.row["map_scale"], words)
 
 
-def detections_figure(run: Run, columns: int = 6) -> Image.Image:
+def detections_figure(run: Run) -> Image.Image:
     """Normal and abnormal images with scores, framed by the verdict.   [P:Fig.5]
 
     Each class at even ranks, from its highest to its lowest score. IGD's if the run has it.
@@ -292,7 +293,7 @@ def detections_figure(run: Run, columns: int = 6) -> Image.Image:
     d = detections(run, name)
     y = d.dataset.labels
     cells: list[list[Image.Image]] = []
-    for lesions, normals in ((0, columns), (columns, 0)):
+    for lesions, normals in ((0, COLUMNS), (COLUMNS, 0)):
         cells.append([])
         for i in figures.choose_cases(d.scores, y, np.ones_like(y), lesions, normals):
             high, label = d.scores[i] >= d.row["threshold"], y[i]
