@@ -192,13 +192,11 @@ def test_the_definition_is_the_page(classes, positive_scale):
 def test_gradcheck_of_the_definition_in_blocks_and_in_one():
     case = make_case([2, 1, 10], 3, seed=2)  # 26 views: three blocks of 11 rows
     z, c = (t.double().requires_grad_() for t in (case.z, case.c))
+    n, pair = case.n, case.pair
     for rows in (None, (3, 11)):
-        constants = replace(case, rows=rows).constants
+        more = replace(case, rows=rows).constants
         assert torch.autograd.gradcheck(
-            lambda z, c, constants=constants: contrastive_losses(
-                z, case.n, case.pair, c, **constants
-            ),
-            (z, c),
+            lambda z, c, more=more: contrastive_losses(z, n, pair, c, **more), (z, c)
         )
 
 

@@ -21,6 +21,7 @@ from detectors import PaDiM
 from encoder import ResNet18
 from igd import IGD
 from support import data, figures, healthy, layouts, scoring
+from support.readers import ROW_COUNTS
 from support.run import read_rows
 from support.worth import bootstrapped_aurocs, interval
 
@@ -65,12 +66,7 @@ def test_protocol_measures_the_images_that_set_no_threshold():
     assert row["image_auroc"] == measures.auroc(scores[~val], labels[~val])
     want = measures.confusion(scores[~val], labels[~val], row["threshold"])
     assert {k: row[k] for k in want} == want
-    assert row["images"] == {
-        "validation_normal": 10,
-        "validation_abnormal": 12,
-        "test_normal": 10,
-        "test_abnormal": 12,
-    }
+    assert row["images"] == dict(zip(ROW_COUNTS, (10, 12, 10, 12), strict=True))
     tune, rest = (np.flatnonzero(labels & s) for s in (val, ~val))
     assert row["pixel_threshold"] == measures.dice_threshold(maps, masks, tune)[0]
     assert row["dice"] == pytest.approx(mean_dice(maps, masks, rest, row["pixel_threshold"]))
@@ -253,10 +249,7 @@ def test_load_refuses_files_of_another_kind(tmp_path):
 def test_score_set_does_not_depend_on_the_batch(monkeypatch):
     images = np.random.default_rng(0).integers(0, 255, (7, 3, 32, 32), np.uint8)
     Padim.calls = []
-    one, two = (
-        scoring.score_set(Padim(), images, batch=3),
-        scoring.score_set(Padim(), images, batch=7),
-    )
+    one, two = (scoring.score_set(Padim(), images, batch=batch) for batch in (3, 7))
     assert Padim.calls == [3, 3, 1, 7]
     assert all((a == b).all() and a.dtype == np.float32 for a, b in zip(one, two, strict=True))
 

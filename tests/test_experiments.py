@@ -201,13 +201,10 @@ def test_a_run_without_pre_training_is_reused_for_the_same_start_and_the_same_de
 
 
 def test_a_run_with_other_images_is_not_shown_as_one_with_these(phantoms, tmp_path):
-    this = make_config(
-        {"data": str(phantoms), "preset": "quick", "image_size": 32, "init": "random"}
-    )
+    this = config(data=str(phantoms), preset="quick")
     experiments.check_images(this, tmp_path)  # nothing has been run
-    saved = dataclasses.asdict(this) | {
-        "images": digest(layouts.discover(phantoms).images, phantoms)
-    }
+    files = layouts.discover(phantoms).images
+    saved = dataclasses.asdict(this) | {"images": digest(files, phantoms)}
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(saved))

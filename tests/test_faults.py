@@ -897,9 +897,8 @@ def test_images_that_trained_another_runs_encoder_are_found(tmp_path, capsys):
     elsewhere = mvtec(tmp_path / "other") / "train/good"
     assert checks.check_content(found, [*elsewhere.iterdir()], allow=False) == []  # copies train
     shutil.copy(root / "test/good/1.png", elsewhere / "leak.png")
-    with pytest.raises(
-        ValueError, match=r"test images that also train \(1\): .*1.png = .*leak.png"
-    ):
+    said = r"test images that also train \(1\): .*1.png = .*leak.png"
+    with pytest.raises(ValueError, match=said):
         checks.check_content(found, [*elsewhere.iterdir()], allow=False)
     run.mkdir()
     (run / "config.json").write_text(json.dumps(good_config() | {"data": str(elsewhere)}))

@@ -134,10 +134,8 @@ def test_rows_are_of_one_origin_if_data_seed_and_protocol_are_the_same():
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    rows = result_rows("MVTec") | {
-        "seconds": {"fit": np.float32(1.5)},
-        "config": {"data": Path("x")},
-    }
+    rows = result_rows("MVTec")
+    rows |= {"seconds": {"fit": np.float32(1.5)}, "config": {"data": Path("x")}}
     tables.write_results(tmp_path, rows)
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["padim"]["image_auroc"] == rows["padim"]["image_auroc"]
@@ -177,11 +175,8 @@ def test_results_md_has_each_number_in_its_place():
 def test_scores_keep_columns_of_the_same_images_and_kinds_with_commas(tmp_path):
     samples = [Sample(Path(f"{i}.png"), i, "a, b") for i in range(2)]
     rows = {name: {"image_auroc": 1, "threshold": 0.5} for name in ("padim", "igd")}
-    split, old, new = (
-        np.zeros(2, bool),
-        {"igd": np.array([0.2, 0.8])},
-        {"padim": np.array([0.1, 0.9])},
-    )
+    old, new = {"igd": np.array([0.2, 0.8])}, {"padim": np.array([0.1, 0.9])}
+    split = np.zeros(2, bool)
     for scores in (old, new):
         tables.write_scores(tmp_path, samples, scores, rows, split, {})
     last = read_rows(tmp_path / "scores.csv")[1]
