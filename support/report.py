@@ -138,13 +138,16 @@ def _what(
 
 
 def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
-    """Every measure of every row, and notes on them."""
+    """Every measure of every row, notes on them, and what the healthy images alone tell."""
+    fakes, healthy = results.get("fake_lesions"), results.get("healthy", {})
+    more = f"<p>{fakes_described(fakes)}</p>" if fakes else ""
+    more += _list(described(name, row) for name, row in healthy.items())
     if not rows:
         text = (
             "<p>This run had healthy images only, so nothing was measured. Other images are scored "
             "by <code>python eval.py RUN --score FOLDER</code>.</p>"
         )
-        return Section("Measures", text + _fakes(results) + _healthy(results))
+        return Section("Measures", text + more)
     keys = [key for key in MEASURES if any(key in row for row in rows.values())]
     lines = [[_title(n, r), *(_value(r, key) for key in keys)] for n, r in rows.items()]
     first = next(iter(rows.values()))
@@ -164,14 +167,8 @@ def _measures(rows: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
                 f"<p>{escape(name)}'s AUROC differs by {over['difference']:+.3f} from that of the "
                 f"untrained network, interval {low:+.3f} to {high:+.3f}.</p>"
             )
-    parts += [_fakes(results), _healthy(results)]
-    parts.append(_list(dict.fromkeys(n for row in rows.values() for n in row.get("notes", []))))
-    return Section("Measures", "".join(parts))
-
-
-def _healthy(results: Mapping[str, Any]) -> str:
-    """The threshold that held-out healthy images give, a line for each detector."""
-    return _list(described(name, row) for name, row in results.get("healthy", {}).items())
+    notes = dict.fromkeys(note for row in rows.values() for note in row.get("notes", []))
+    return Section("Measures", "".join([*parts, more, _list(notes)]))
 
 
 def _list(lines: Iterable[str]) -> str:
@@ -184,11 +181,6 @@ def _title(name: str, row: Mapping[str, Any]) -> str:
     what = NAMES.get(name, "") + (f" ({row['baseline']})" if "baseline" in row else "")
     note = f'<br><span class="note">{escape(what)}</span>' if what else ""
     return escape(displayed(name)) + note
-
-
-def _fakes(results: Mapping[str, Any]) -> str:
-    fakes = results.get("fake_lesions")
-    return f"<p>{fakes_described(fakes)}</p>" if fakes else ""
 
 
 def _value(row: Mapping[str, Any], key: str) -> str:
