@@ -178,7 +178,7 @@ def interpolate(z: Tensor, alpha: Tensor) -> Tensor:
 
 
 def critic_loss(of_mixture: Tensor, alpha: Tensor, of_blend: Tensor) -> Tensor:
-    """E (d(g(z_alpha)) - alpha)^2 + E d(gamma x + (1 - gamma) x~)^2: tell the share.   [I:critic]
+    """E (d(g(z_alpha)) - alpha)^2 + E d(gamma x + (1 - gamma) x~)^2: guess the share.   [I:critic]
 
     of_mixture, alpha, of_blend: (B,).   returns: scalar.
     """

@@ -177,8 +177,9 @@ class Encoder(nn.Module):
         x:       (B, 3, S, S), uint8 or floating in [0, 1].
         returns: z (B, Z), h (B, 512), float32.
         """
+        x = x if x.dtype == self.f_beta.weight.dtype else to_unit(x, x.device)
         with autocast(x.device):
-            h = self.backbone.pooled(normalise(to_unit(x, x.device)))
+            h = self.backbone.pooled(normalise(x))
             z, h = self.head(h).float(), h.float()
         return (F.normalize(z, dim=1) if self.features == "unit" else z), h
 

@@ -92,7 +92,7 @@ def _regions(pred: Values, mask: Values) -> tuple[Array, Array]:
     """raises: ValueError unless they have one shape and the prediction is bool or 0 and 1."""
     p, m = _array(pred), _array(mask)
     if p.shape != m.shape or p.dtype.kind == "f" or p.max(initial=0) > 1:
-        raise ValueError(f"predictions {p.dtype} {p.shape} for masks of shape {m.shape}")
+        raise ValueError(f"predictions: bool, {m.shape} as the masks; got {p.dtype} {p.shape}")
     return p.astype(bool), m.astype(bool)
 
 

@@ -39,8 +39,8 @@ def medmix(
     Each is a patch of a random other image of the batch, altered by colour jitter, Gaussian noise,
     fisheye and horizontal wave, each with probability p, and pasted at a random place through a
     soft elliptic or rectangular mask. Its box has an area uniform between min_area and max_area of
-    the image, with sides rounded to 3 to S pixels. Of PLACES places the one that overlaps the
-    image's earlier lesions least is taken.
+    the image; its sides are rounded, and kept between 3 and S pixels. Of PLACES places the one that
+    overlaps the image's earlier lesions least is taken.
 
     x:            (B, 3, S, S) float32 or float64 in [0, 1], B >= 2 unless all of n are 0.
     n:            (N,) integers in 0..A-1, N a multiple of B; output i comes from image i % B.

@@ -135,8 +135,13 @@ def loss_terms(
 HELD_BACK = 0.05  # of the training images, 64 at most: they only watch the pretext task
 WATCHED_VIEWS = 400  # of these, or more: an accuracy of 0.25 then has a standard error of 0.02
 SETTLED = 30  # steps before batch norm's running averages, and so the spread of z, are reliable
-MEASURED = 20  # times or so in a run: how well fake lesions are found, in seconds on a CPU
+MEASURED = 20  # to 39 times in a long run: how well fake lesions are found; takes seconds
 RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
+
+
+def held_back(count: int, batch_size: int) -> int:
+    """Of `count` training images, how many train nothing: they show whether others are learned."""
+    return max(2, min(64, max(batch_size // 2, round(HELD_BACK * count)), count // 4))
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -161,17 +166,16 @@ class Pretraining:
         self.device = torch.device(config.device)
         self.pixels = resident(images, self.device)
         self.rank, self.world = ranks()
-        count = len(images)
-        held = max(2, min(64, max(config.batch_size // 2, round(HELD_BACK * count)), count // 4))
+        count, held = len(images), held_back(len(images), config.batch_size)
         order = torch.randperm(count, generator=seeded(config.seed, 1)).numpy()
         self.watched, self.trained = order[:held], order[held:]
         self.batch = min(config.batch_size, len(self.trained)) // self.world  # of this process
         if self.batch < 2:
-            raise ValueError(
-                f"{count} healthy images are too few: {held} are held back for monitoring, and a "
-                f"batch needs 2 for each of {self.world} process(es), so {held + 2 * self.world} "
-                "or more"
-            )
+            needed = f"a batch needs 2 for each of {self.world} process(es)"
+            if config.batch_size < 2 * self.world:
+                raise ValueError(f"--batch-size {config.batch_size} is too small: {needed}")
+            left = f"{held} are held back for monitoring, {len(self.trained)} are left"
+            raise ValueError(f"{count} healthy images are too few: {left}, and {needed}")
         self.images = self.batch * self.world  # of one step
         self.steps = len(self.trained) // self.images  # an epoch; no partial batch
         self.total = 0 if config.method in UNTRAINED else self.steps * config.epochs

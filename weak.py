@@ -168,10 +168,11 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 def side_of(x: Tensor) -> int:
     """S; raises ValueError unless x is (B, 3, S, S) float32 or float64, B >= 1, S >= 8."""
-    shape, wanted = tuple(x.shape), (torch.float32, torch.float64)
+    shape = tuple(x.shape)
     square = len(shape) == 4 and shape[0] > 0 and shape[1] == 3 and 8 <= shape[2] == shape[3]
-    if not square or x.dtype not in wanted:
-        raise ValueError(f"images must be float32/64 (B, 3, S, S), S >= 8, got {x.dtype} {shape}")
+    if not square or x.dtype not in (torch.float32, torch.float64):
+        wanted = "float32 or float64 (B, 3, S, S), B >= 1, S >= 8"
+        raise ValueError(f"images must be {wanted}, got {x.dtype} {shape}")
     return shape[3]
 
 

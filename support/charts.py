@@ -90,7 +90,7 @@ def spread_out(count: int, most: int) -> Array:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Six round values between the ends or so, ends included where they are round."""
+    """At most six round values between the ends, which are among them where they are round."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))

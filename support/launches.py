@@ -123,7 +123,6 @@ def of_step(
     """
     with contextlib.ExitStack() as stack:
         for name, value in {
-            "encoder.autocast": lambda device: contextlib.nullcontext(),
             "torch.autocast": lambda *_, **__: contextlib.nullcontext(),  # knows no meta device
             "torch.cuda.mem_get_info": lambda device: (10 * resident * images.nbytes, 0),
             "medmix.Generator": lambda device: torch.Generator(),

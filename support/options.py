@@ -220,7 +220,7 @@ def _check_method(config: Config) -> None:
         given = getattr(config, name).split(",")
         terms, allowed = set(given), METHODS[config.method].get(name, ",".join(TERMS)).split(",")
         if not terms <= set(allowed) or len(terms) < len(given):
-            wanted = f"some of {', '.join(allowed)} with commas, each once"
+            wanted = f"a comma-separated list of some of {', '.join(allowed)}, each once"
             raise _bad(config, name, f"{wanted} (--method {config.method})")
         if config.warmup_epochs and (config.warmup_epochs >= config.epochs or terms <= CENTRED):
             wanted = f"{option(name)} with one that needs no centres"

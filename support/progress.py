@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TextIO, TypeVar
 
 from support.run import keep_freed_memory, one_line, ranks, short_of_memory
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 LINE_EVERY = 30.0  # seconds between progress lines where stderr is no terminal
 REFRESH_EVERY = 0.1  # seconds between progress lines on a terminal, where each replaces the last
+unwritten: list[str] = []  # why results are not on stdout; said when all else is done
 CLEAR_LINE = "\r\x1b[K"  # of a terminal, from its start
 
 
@@ -70,7 +72,7 @@ def as_program(main: Callable[[], int]) -> int:
             stream.reconfigure(errors="backslashreplace")
     status = main()
     show("")  # flushes: a closed pipe is noticed here and not by the interpreter
-    return status
+    return complain(Path(sys.argv[0]).name, unwritten[0]) if unwritten else status
 
 
 @contextlib.contextmanager
@@ -123,7 +125,7 @@ def _print(text: str, end: str, stream: TextIO) -> None:
         os.dup2(silent, stream.fileno())  # or the interpreter complains when it ends
         os.close(silent)
         if error.errno == errno.ENOSPC and stream is sys.stdout:  # results, not progress
-            raise OSError(error.errno, os.strerror(error.errno), "stdout") from None
+            unwritten.append(f"stdout: {error.strerror}")
 
 
 def size_of(count: float) -> str:

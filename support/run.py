@@ -86,7 +86,7 @@ def pick_device(name: str) -> str:
         name = "cuda"  # each process has its own
         if gpus and (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > len(gpus):
             wanted = f"--nproc-per-node {len(gpus)}, or --device cpu"
-            raise ValueError(f"{here} processes here, but {len(gpus)} GPUs: {wanted}")
+            raise ValueError(f"{here} processes here, but {len(gpus)} GPU(s): {wanted}")
     if name not in ["cpu", *gpus] and not (name == "cuda" and gpus):
         raise ValueError(f"--device must be auto, cpu or cuda (if there is one), got {name}")
     return name

@@ -174,7 +174,7 @@ def _inside(folder: Path) -> list[Path]:
         images = filter(visible, names)
         files += [parent / n for n in images if Path(n).suffix.lower() in EXTENSIONS]
     if masks:
-        notify(f"folders of masks are not scored: {named(masks)}; name one itself to score it")
+        notify(f"folders of masks are not scored: {named(masks)}; to score one, name it")
     return sorted(files)
 
 

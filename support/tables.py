@@ -62,7 +62,7 @@ PAPERS_NAMES = {  # our row -> the paper's without a pre-training
     "panda": "PANDA",
     "cutpaste": "CutPaste",
 }
-HEADINGS = {  # of measures in a row, but of the image AUROC, for which the paper has "AUC"
+HEADINGS = {  # of a row's measures, except the image AUROC, which the paper calls AUC
     "specificity": "Specificity",
     "sensitivity": "Sensitivity",
     "accuracy": "Accuracy",

@@ -765,7 +765,7 @@ BAD_RUNS = [
     )),
     *((f"{QUICK} --lr 0 --window {v}", "--lr must be") for v in ("-160,240", "-.5,.5")),
     (f"{QUICK} --resume ''", "--resume: is empty"),
-    (f"{QUICK} --terms aug,aug", "--terms must be some of .* with commas, each once"),
+    (f"{QUICK} --terms aug,aug", "--terms must be .* some of .*, each once"),
     ("--data loop --out a", "loop: no such folder"),
     ("--data empty --out a", "empty: found no images"),
     (f"{QUICK} --nonsense 1", "unrecognized arguments: --nonsense"),

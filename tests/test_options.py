@@ -87,7 +87,10 @@ def test_as_printed_sets_the_papers_readings_and_gives_way_to_options():
         ({"strong": "permutation", "classes": 9}, "--classes"),
         ({"epochs": 0}, "--epochs"),
         ({"igd_lr": 0.0}, "--igd-lr"),
-        ({"method": "simclr", "terms": "aug"}, "--terms must be some of con with commas"),
+        (
+            {"method": "simclr", "terms": "aug"},
+            "--terms must be a comma-separated list of some of con",
+        ),
         ({"terms": "con"}, "some of ctr, pmsacl, aug, pos"),
         ({"terms": "aug,pos", "image_size": 32}, "--terms must be without pos"),
         ({"centres": "equidistant", "classes": 129}, "--classes must be 128 or below"),

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from PIL import Image
 
 import eval as evaluation
 import pmsacl
+from baselines import cutpaste, steps
 from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded
 from support import dryrun, job, layouts, options, phantom, run
@@ -349,6 +351,15 @@ def test_the_plan_and_the_dry_run_count_each_class(tmp_path, monkeypatch, capsys
     assert counts.format(held) in job.plan(config, images, tmp_path / "run")
 
 
+def test_the_dry_run_has_the_steps_of_the_compared_detectors_without_their_passes():
+    settings = {"data": "x", "encoder": "y", "detector": "cutpaste", "image_size": 64}
+    config = options.make_config(settings | {"init": "random", "device": "cpu"})
+    with mock.patch.object(steps, "unit", wraps=steps.unit) as read:
+        for training in dryrun._trainings(config, 1600):
+            assert training.total >= cutpaste.STEPS > training.total - training.steps
+    assert read.call_count <= 2  # batches of the Gaussians
+
+
 def test_fake_lesions_are_looked_for_with_the_encoder_and_with_the_untrained_network(monkeypatch):
     seen = []
 
@@ -430,7 +441,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert run.pick_device("cuda:1") == "cuda" and run.pick_device("cpu") == "cpu"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="3 processes here, but 2 GPUs: --nproc-per-node 2, or"):
+    with pytest.raises(ValueError, match="3 processes here, but 2 GPU.s.: --nproc-per-node 2, or"):
         run.pick_device("auto")
     assert run.pick_device("cpu") == "cpu"
 
