@@ -293,8 +293,9 @@ class PaDiM:
         """The detector whose `save` wrote this state: torch.load(path, weights_only=True)."""
         backbone = ResNet18().to(device)
         backbone.load_state_dict(state["backbone"])
-        settings = {name: state[name] for name in ("eps", "sigma")}
-        detector = cls(backbone, channels=len(state["channels"]), **settings)
+        detector = cls(
+            backbone, channels=len(state["channels"]), eps=state["eps"], sigma=state["sigma"]
+        )
         detector.channels, detector.mean = state["channels"].cpu(), state["mean"].to(device)
         p, d = detector.mean.shape
         lower = torch.tril_indices(d, d)

@@ -139,9 +139,10 @@ MEASURED = 20  # to 39 times in a long run: how well fake lesions are found; tak
 RE_ESTIMATE = 5  # epochs, for --centres re-estimated   [P:§4.7.5]
 
 
-def held_back(count: int, batch_size: int) -> int:
-    """Of `count` training images, how many train nothing: they show whether others are learned."""
-    return max(2, min(64, max(batch_size // 2, round(HELD_BACK * count)), count // 4))
+def sizes(count: int, batch_size: int, processes: int) -> tuple[int, int]:
+    """Of `count` images, how many only watch; and how many of the others a process's step takes."""
+    held = max(2, min(64, max(batch_size // 2, round(HELD_BACK * count)), count // 4))
+    return held, min(batch_size, max(0, count - held)) // processes
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -166,10 +167,10 @@ class Pretraining:
         self.device = torch.device(config.device)
         self.pixels = resident(images, self.device)
         self.rank, self.world = ranks()
-        count, held = len(images), held_back(len(images), config.batch_size)
+        count = len(images)
+        held, self.batch = sizes(count, config.batch_size, self.world)
         order = torch.randperm(count, generator=seeded(config.seed, 1)).numpy()
         self.watched, self.trained = order[:held], order[held:]
-        self.batch = min(config.batch_size, len(self.trained)) // self.world  # of this process
         if self.batch < 2:
             needed = f"a batch needs 2 for each of {self.world} process(es)"
             if config.batch_size < 2 * self.world:

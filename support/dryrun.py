@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +82,12 @@ def _trainings(config: Any, count: int) -> Iterator[Any]:
             yield of_igd
     for name in filter(COMPARED.__contains__, chosen(config.detector)):
         detector = build(name, ResNet18(), dataclasses.asdict(config))
-        few = functools.partial(_first_two, detector.batches)  # what passes over the images
+
+        def few(data: Any, whole: Any = detector.batches) -> Iterator[Any]:
+            return islice(whole(data), 2)  # a pass over the images ends after two batches
+
         detector.batches = few  # type: ignore[method-assign]
         yield from detector.trainings(images)
-
-
-def _first_two(batches: Any, images: Any) -> Iterator[Any]:
-    return itertools.islice(batches(images), 2)
 
 
 def _seconds(training: Any) -> float:

@@ -27,7 +27,7 @@ from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded, to_unit
 from eval import evaluate
 from igd import IGD
-from pmsacl import held_back, pretrain
+from pmsacl import pretrain, sizes
 from support import checks, data, healthy, layouts, phantom
 from support.cache import digest
 from support.claim import claimed
@@ -306,8 +306,8 @@ def plan(config: Config, images: Images, folder: Path) -> str:
     """What is about to happen, in a few lines."""
     dataset = images.dataset
     train, normal, abnormal, masks = dataset.counts
-    batch = min(config.batch_size, train - held_back(train, config.batch_size))
-    batch -= batch % ranks()[1]
+    processes = ranks()[1]
+    batch = processes * sizes(train, config.batch_size, processes)[1]
     training = (
         f"{config.method}, {config.preset}: {config.classes} classes, {config.epochs} epochs, "
         f"batches of {batch} images ({2 * config.classes * batch} views)"
