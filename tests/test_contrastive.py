@@ -736,7 +736,7 @@ def test_compiled_and_eager_agree_on_the_gpu():
     n, pair, c = case.n, case.pair, case.c
 
     def loss(z: torch.Tensor) -> torch.Tensor:
-        return contrastive.contrastive(2 * z, n, pair, c, backend="triton")
+        return contrastive.contrastive(2 * z, n, pair, c, tau=0.2, alpha=2.0, backend="triton")
 
     z, same = (case.z.clone().requires_grad_() for _ in range(2))
     compiled = torch.compile(loss, fullgraph=True, dynamic=False)(z)

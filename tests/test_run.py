@@ -29,6 +29,7 @@ from baselines import cutpaste, steps
 from detectors import PaDiM
 from encoder import Encoder, ResNet18, seeded
 from support import dryrun, job, layouts, options, phantom, run
+from support.features import draw_features
 from support.run import read_rows
 from support.versions import versions
 
@@ -121,6 +122,27 @@ def test_the_untrained_row_is_the_start_network_and_the_trained_one_is_not(finis
     end = torch.load(finished / "encoder.pt", weights_only=True)
     assert not torch.equal(start["conv1.weight"], end["conv1.weight"])
     assert torch.equal(start["fc.weight"], end["fc.weight"])  # PMSACL never touches it
+
+
+def test_detectors_and_figures_have_the_trained_encoder(finished, tmp_path):
+    """Or all results would be those of random weights."""
+    encoder = torch.load(finished / "checkpoint.pt", weights_only=True)["encoder"]
+    backbone = torch.load(finished / "encoder.pt", weights_only=True)
+    padim = torch.load(finished / "detector.pt", weights_only=True)["backbone"]
+    f_beta = torch.load(finished / "detector_f_beta.pt", weights_only=True)["encoder"]
+    assert f_beta.keys() == encoder.keys() and padim.keys() == backbone.keys()
+    for name, value in backbone.items():
+        assert torch.equal(value, padim[name]) and torch.equal(value, encoder[f"backbone.{name}"])
+    assert all(torch.equal(value, f_beta[name]) for name, value in encoder.items())
+
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    saved = json.loads((finished / "config.json").read_text())
+    config = options.Config(**{k: saved[k] for k in options.Config.__dataclass_fields__})
+    images = job.prepare(config, tmp_path / "run")
+    trained = evaluation.load(finished / "detector_f_beta.pt").encoder
+    draw_features(trained, images.train, images.test, images.dataset, config, tmp_path)
+    drawn = [folder / "figures" / "features.png" for folder in (tmp_path, finished)]
+    assert drawn[0].read_bytes() == drawn[1].read_bytes()
 
 
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(phantoms, finished, tmp_path):
