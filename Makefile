@@ -20,8 +20,9 @@ tests-a-to-k:
 tests-others:
 	.venv/bin/python -m pytest tests/test_[!a-k]*.py
 
-# On a machine with a GPU: all tests, there, then the tables of docs/speed.md.
-gpu: test
+# On a machine with a GPU: the tests that need one, then the tables of docs/speed.md.
+gpu: .venv/ready
+	.venv/bin/python -m pytest -m gpu
 	.venv/bin/python -m bench.kernels
 	.venv/bin/python -m bench.training
 

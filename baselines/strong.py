@@ -25,9 +25,10 @@ TILES = (
 def rotation(
     x: Tensor, n: Tensor, generator: Generator, *, classes: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turned counter-clockwise by 360 n / A degrees; A is 4 unless given or n has more.  [P:§4.7.2]
+    """Turned counter-clockwise by 360 n / A degrees; A is 4 unless given or n has more.
 
     Multiples of 90 degrees move pixels only; other angles are bilinear with mirrored corners.
+    [P!§4.7.2 R32]
     """
     out, n = start(x, n, generator, classes)
     a = max(4, int(n.max()) + 1) if classes is None else classes
@@ -84,7 +85,7 @@ def cutout(
     min_area: float = 0.005,
     max_area: float = 0.08,
 ) -> tuple[Tensor, Tensor]:
-    """n_i boxes, sized and placed as MedMix does, filled with the image's mean.  [P:§4.7.2]"""
+    """n_i boxes, sized and placed as MedMix does, filled with the image's mean. [P!§4.7.2 R32]"""
     out, n = start(x, n, generator, classes)
     mask = torch.zeros_like(out, dtype=torch.bool)
     mean = x.mean((2, 3), keepdim=True)  # (B, 3, 1, 1)
@@ -104,7 +105,7 @@ def cutmix(
     min_area: float = 0.005,
     max_area: float = 0.08,
 ) -> tuple[Tensor, Tensor]:
-    """n_i boxes of other images, sized and placed as MedMix does, unaltered.  [P:Fig.6]"""
+    """n_i boxes of other images, sized and placed as MedMix does, unaltered.  [P!Fig.6 R32]"""
     out, n = start(x, n, generator, classes)
     mask = torch.zeros_like(out, dtype=torch.bool)
     for image, box in lesions(n, x.shape[3], generator, min_area, max_area):
@@ -121,7 +122,7 @@ def inside(v: Tensor, u: Tensor) -> Tensor:
 def gaussian_noise(
     x: Tensor, n: Tensor, generator: Generator, *, classes: int | None = None, std: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """x + n_i std e, e ~ N(0, 1) for each pixel, clipped.  [P:§4.7.2]"""
+    """x + n_i std e, clipped; e ~ N(0, 1) of a pixel is that of all channels.  [P!§4.7.2 R32]"""
     out, n = start(x, n, generator, classes)
     return add_noise(out, n * std, generator), everywhere(out, n)
 

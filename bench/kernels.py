@@ -1,6 +1,6 @@
 """Time, launches and memory of both kernels beside plain torch, on whatever device there is.
 
-    python -m bench.kernels                   at most eight minutes
+    python -m bench.kernels                   at most five minutes
     python -m bench.kernels --commit 1f56c3f  where there is no git to ask
 
 First every path is checked against the float64 definition, and nothing is timed if one is off.
@@ -26,6 +26,7 @@ import argparse
 import csv
 import os
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -54,12 +55,14 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 OURS = "triton" if GPU and HAS_TRITON else "torch"
 VIEWS = (256, 4096, 16384, 65536) if GPU else (256, 1024)
 IMAGES, CHANNELS = (1, 32, 128), (100, 448) if GPU else (100,)
-# The last compiled peer starts after COMPILE seconds and the last size after ALL: eight minutes.
-ROW, COMPILE, ALL = 1.0, 300, 400
+# The last compiled peer starts after COMPILE seconds and the last size after ALL: five minutes.
+ROW, COMPILE, ALL = 1.0, 120, 280
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 # The largest |error| / |value| that passes: float32 by products of tf32 (5e-5) does not.
 WITHIN = {"bf16": 1e-2, "float32": 1e-5, "tf32": 1e-3, "float16": 2e-3}
-COLUMNS = "operation size channels dtype pass path ms ratio floor launches waits peak_mb".split()
+COLUMNS = (
+    "operation size channels dtype pass path ms ratio floor launches waits peak_mb mhz".split()
+)
 
 # ---------------------------------------------------------------------------- what is timed
 
@@ -305,17 +308,21 @@ def rows(group: Group, compiling: bool, rate: dict[str, float]) -> Iterator[list
     for path, run in runs.items():
         ms = 1e3 * statistics.median(taken[path])
         ratio = statistics.median(a / b for a, b in zip(taken[path], taken[OURS], strict=True))
-        yield [*group.what, path, ms, ratio, floor, *counted(run)]
+        yield [*group.what, path, ms, ratio, floor, *counted(run), clock()]
 
 
 # ---------------------------------------------------------------------------- the program
 
 
 def clock() -> str:
-    """Of the processors of a GPU, in MHz."""
+    """Of the GPU's processors now, in MHz, as its driver reports it; "" without a GPU."""
+    if not GPU:
+        return ""
+    gpu = f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
+    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
-        return f"{torch.cuda.clock_rate()} MHz"
-    except Exception:  # its library is missing or refuses: each has exceptions of its own
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a part of a GPU, perhaps
         return "unknown"
 
 
@@ -328,7 +335,7 @@ def measured() -> Iterator[list]:
         raise SystemExit(f"nothing is timed: {str(error).splitlines()[0]}") from None
     print("every path and dtype agrees with float64")
     steady = "steady" if warm_up() else "NOT steady, compare ratios only"
-    print(f"clock {clock() if GPU else 'of the CPU'}, {steady}")
+    print(f"clock {clock() or 'of the CPU'}, {steady}")
     rate = rates()
     print(", ".join(f"{name} {value / 1e12:.3g} T/s" for name, value in rate.items()))
     for kind in kinds():
@@ -339,7 +346,6 @@ def measured() -> Iterator[list]:
                 return
             set_products(kind)
             yield from rows(group, spent < COMPILE, rate)
-    print(f"clock {clock() if GPU else 'of the CPU'} at the end")
 
 
 def main() -> None:

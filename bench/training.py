@@ -1,6 +1,6 @@
 """The main job's speed beside the bare network's, as ratios, on the GPU if there is one.
 
-    python -m bench.training                   at most eight minutes
+    python -m bench.training                   at most eight minutes, on a GPU three
     python -m bench.training --commit 1f56c3f  where there is no git to ask
 
 It prints its rows and writes them: to docs/speed.csv, on a GPU to docs/speed_gpu.csv and to their
@@ -42,7 +42,7 @@ from support.training import step
 Times = tuple[float, float, float]  # seconds of ours, of the other, median ratio
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SECONDS = 30.0  # for the rounds of a row, but for the one that warms up and LEAST
+SECONDS = 12.0 if DEVICE.type == "cuda" else 30.0  # for a row's rounds after the first LEAST
 LEAST, MOST = 2, 15  # rounds
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, mvtec
+from conftest import DEVICE, generator, mvtec
 from torch import nn
 
 import eval as evaluation
@@ -254,13 +254,13 @@ def test_start_weights_come_from_the_seed_alone():
 
 @pytest.mark.parametrize("size", [32, 64, 96, 256])
 def test_the_convolutions_and_their_mirror_fit_every_size(size):
-    z = convolutions(size, 2, 5)(torch.rand(2, 3, size, size))
+    z = convolutions(size, 2, 5)(torch.rand(2, 3, size, size, generator=generator()))
     x = deconvolutions(5, size, 2)(z)
     assert z.shape == (2, 5) and x.shape == (2, 3, size, size) and 0 <= x.min() <= x.max() <= 1
 
 
 def test_stages_are_those_of_our_resnet():
-    resnet, x = ResNet18(seeded(0)).eval(), torch.rand(2, 3, 64, 64)
+    resnet, x = ResNet18(seeded(0)).eval(), torch.rand(2, 3, 64, 64, generator=generator())
     for got, want in zip(stages(resnet, x), resnet.stages(normalise(x)), strict=True):
         torch.testing.assert_close(got, want)
 

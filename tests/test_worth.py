@@ -215,7 +215,7 @@ def test_fake_lesions_are_scored_on_images_that_were_not_fitted(monkeypatch):
             x = torch.as_tensor(images).float()
             ids = x[:, 0, 0, 0] * (255 if x.max() <= 1 else 1)
             seen[-1].append(ids.round().int().tolist())
-            return self if len(seen[-1]) == 2 else (torch.rand(len(x), 32, 32), torch.rand(len(x)))
+            return self if len(seen[-1]) == 2 else (x[:, 0], x[:, 0, 0, 0])
 
     def unchanged(x, n, draws, *, classes):
         seen[-1].append(draws.initial_seed())
