@@ -140,7 +140,7 @@ class IGD:
             raise ValueError(f"image_size must be {rule}, got {self.image_size}")
 
     def error(self, name: str, x: Tensor, x_tilde: Tensor) -> Tensor:
-        """Eq. 11 for one of the two models, "global" or "local": (B,)."""
+        """[P:(11)] for one of the two models, "global" or "local": (B,)."""
         m = ms_ssim(x, x_tilde, **setting(x.shape[-1]))
         return reconstruction_error(x, x_tilde, m, m, rho=self.rho, nu=float(name == "global"))
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baselines.pretraining import UNTRAINED, nt_xent, supervised_contrastive
+from baselines.pretraining import UNTRAINED, terms_of_others
 from baselines.strong import PASTED, STRONG
 from encoder import Encoder, channels_last, seeded, to_unit
 from kernels.contrastive import contrastive
@@ -118,15 +118,13 @@ def loss_terms(
             z_1, z_2 = encoder(channels_last(torch.cat(patches[:2]))).chunk(2)
         return position_loss(encoder.position_logits(z_1, z_2), patches[2])
 
-    terms: dict[str, Callable[[], Tensor]] = {
+    terms: dict[str, Callable[[], Tensor]] = {  # l is the sum of these
         "ctr": lambda: config.centre_weight * multi_centring_loss(z, n, c),
         "pmsacl": l_pmsacl,
         "aug": lambda: augmentation_loss(encoder.aug_logits(z, h), n),
         "pos": l_pos,
-        # of the methods that Table 9 compares with                            [P:Tab.9]
-        "con": lambda: nt_xent(z_all, pair_all, tau=config.tau, rows=rows),
-        "sup": lambda: supervised_contrastive(z_all, n_all, pair_all, tau=config.tau, rows=rows),
     }
+    terms |= terms_of_others(z_all, n_all, pair_all, tau=config.tau, rows=rows)  # [P:Tab.9]
     return {name: term() for name, term in terms.items() if name in names}
 
 

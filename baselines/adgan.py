@@ -1,8 +1,8 @@
 """ADGAN: a dual GAN, images from latents and latents from images.   [P:Tab.1]
 
-Liu et al., "Photoshopping Colonoscopy Video Frames", ISBI 2020: `[A:...]`. The paper's "two
-generators and two discriminators" are read as a generator and a discriminator in either space, tied
-by both ways there and back.   [P!§4.4.1 R28]   Sizes: B images, S pixels a side, Z features.
+Liu et al., "Photoshopping Colonoscopy Video Frames", ISBI 2020, whose "two generators and two
+discriminators" are read as a generator and a discriminator in either space, tied by both ways there
+and back.   [P!§4.4.1 R28]   Sizes: B images, S pixels a side, Z features.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ Sizes: A classes, B images, N = 2 A B views, R of them as queries, Z features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,10 +88,20 @@ def supervised_contrastive(
     return (denominator - positives[slice(*rows) if rows else slice(None)] / tau).mean()
 
 
+def terms_of_others(
+    z: Tensor, n: Tensor, pair: Tensor, *, tau: float, rows: tuple[int, int] | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """The losses that are no term of PMSACL's, by their names in METHODS; arguments as above."""
+    return {
+        "con": lambda: nt_xent(z, pair, tau=tau, rows=rows),
+        "sup": lambda: supervised_contrastive(z, n, pair, tau=tau, rows=rows),
+    }
+
+
 def _uncentred(
     z: Tensor, pair: Tensor, tau: float, scale: str | float, rows: tuple[int, int] | None
 ) -> Tensor:
-    """Eq. 5 of each query, (R,), with alpha = 1 and centres at 0: one class, f = z / ||z||."""
+    """[P:(5)] of each query, (R,), with alpha = 1 and centres at 0: one class, f = z / ||z||."""
     n, c = torch.zeros_like(pair), z.new_zeros(1, z.shape[1])
     return contrastive(
         z, n, pair, c, tau=tau, alpha=1, positive_scale=scale, rows=rows, reduction="none"
