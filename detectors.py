@@ -46,7 +46,7 @@ def moments(batches: Iterable[Tensor], group: Group = None) -> tuple[int, Tensor
 
     batches: of embeddings (B, P, D) float32; memory depends on P and D, not on N.
     group:   processes, each with at least one batch; all get the moments of all N.
-    returns: N, mu (P, D) and the scatter (P, D, D), both float64.
+    returns: N, mu (P, D), the scatter (P, D, D), float64; no image raises ValueError.
     """
     count = 0
     for x in batches:
@@ -280,7 +280,7 @@ class PaDiM:
         return maps, maps.amax(dim=(1, 2))
 
     def save(self, path: str | Path) -> None:
-        """Write one file with everything, the network too: `of(torch.load(path))` reads it."""
+        """Write all in one file, for `of(torch.load(path))`; raises ValueError before fit."""
         if self.size == 0:
             raise ValueError("PaDiM has to be fitted before it is saved")
         lower = torch.tril_indices(*self.whitening.shape[1:])

@@ -144,7 +144,7 @@ class Encoder(nn.Module):
     """f_theta with its heads: z = head(backbone(x)), on the unit sphere or raw.   [P!(3) R20]
 
     classes:   A, that f_beta tells apart.
-    features:  "unit" scales z to length 1, "raw" leaves it as printed.
+    features:  "unit" scales z to length 1, "raw" leaves it as printed; others raise ValueError.
     aug_head:  what f_beta sees: "backbone" (512-d) or "projection" (z).   [P!(8) R17]
     generator: of the initial weights; None: a fixed seed of 0, whatever torch.manual_seed says.
     """

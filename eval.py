@@ -270,7 +270,10 @@ def load(path: str | Path, device: str = "cpu") -> Any:
 
 
 def load_run(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """A run's config, its results (empty if there are none) and its detectors by name."""
+    """A run's config, its results (empty if there are none) and its detectors by name.
+
+    raises: ValueError or OSError if the run is not finished, or a file damaged or missing.
+    """
     files = sorted(folder.glob("detector*.pt"))  # detector.pt comes first
     config = read_config(folder)
     if not files or not config:
@@ -299,6 +302,7 @@ def evaluate_run(
     Results of another one go into RUN/eval-NAME, those of the paper's protocol, if the run's are
     not, into RUN/eval-paper-protocol. Rows of unsaved detectors (untrained) are kept.
     returns: the folder of the results.
+    raises:  ValueError or OSError as `load_run`, or if a set has no test images or cannot be read.
     """
     config, old, detectors = load_run(folder, device)
     own = real(config.get("data") or folder / "phantom")

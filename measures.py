@@ -157,7 +157,7 @@ def aupro(maps: Values, masks: Values, fpr_limit: float = FPR_LIMIT) -> float:
     maps:      (N, S, S) scores.
     masks:     (N, S, S) bool, all false for a normal image.
     fpr_limit: l, in (0, 1].   returns: in [0, 1].
-    raises:    ValueError if the shapes differ, a lesion or a normal pixel is missing, or for NaN.
+    raises:    ValueError if the shapes differ, a lesion or a normal pixel is missing, for NaN or l.
     """
     return pixel_measures(maps, masks, np.arange(len(maps)), fpr_limit)[1]
 
@@ -167,7 +167,8 @@ def _images(maps: Values, masks: Values, index: Values) -> tuple[Array, Array, A
     maps, masks, index = map(_array, (maps, masks, index))
     if maps.shape != masks.shape or maps.ndim != 3:
         raise ValueError(f"maps and masks must be (N, S, S), got {maps.shape} and {masks.shape}")
-    if not len(index := np.arange(len(maps))[index if len(index) else slice(0)]):
+    index = np.arange(len(maps))[index] if len(index) else index
+    if not len(index):  # or a mask that is false everywhere
         raise ValueError("no images to measure")
     return maps, masks, index
 

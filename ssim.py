@@ -72,6 +72,7 @@ def ssim_maps(
     means are subtracted before squaring, or the variance of a bright flat region would cancel.
 
     returns: K pairs of maps (B, C, S / 2^k - window + 1, same).
+    raises:  ValueError for an even window, or one that is larger than the smallest scale.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"the window must be odd and at least 1, got {window}")

@@ -92,7 +92,10 @@ class Detector(ABC):
         return self
 
     def trainings(self, images: ArrayLike | Tensor) -> Iterator[Training]:
-        """The same for a caller who keeps checkpoints; take the next one when one is done."""
+        """`fit` for a caller who keeps checkpoints: take the next one when one is done.
+
+        raises: ValueError for other images than `fit` takes.
+        """
         data = self.checked(images)
         if len(data) < 2:
             raise ValueError(f"{self.kind} needs N >= 2 training images, got N={len(data)}")
@@ -118,7 +121,7 @@ class Detector(ABC):
         return (unit(data[k : k + step], self.device) for k in range(0, len(data), step))
 
     def checked(self, images: ArrayLike | Tensor) -> np.ndarray:
-        """The images as an array of the right shape; a memory-map stays one."""
+        """An array of the images, a memory-map as it is; raises ValueError unless (N, 3, S, S)."""
         data = np.asanyarray(images.cpu() if isinstance(images, Tensor) else images)
         s = self.image_size
         if data.shape[1:] != (3, s, s):
@@ -130,7 +133,7 @@ class Detector(ABC):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write one file that holds everything; `of` reads what it holds."""
+        """Write one file with everything, for `of`; raises ValueError before `fit`."""
         if not self.ready:
             raise ValueError(f"{self.kind} has to be fitted before it is saved")
         state = {"kind": self.kind, "settings": self.settings(), "fitted": self.fitted}

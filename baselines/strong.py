@@ -52,7 +52,8 @@ def permutation(
 ) -> tuple[Tensor, Tensor]:
     """The image's 2 x 2 tiles in the n-th order of TILES, as in CSI and CCD.  [P!§4.7.2 R32]
 
-    Each class but 0 moves every tile; an odd side keeps its last row and column. A <= 8.
+    Each class but 0 moves every tile; an odd side keeps its last row and column. A > 8
+    raises ValueError.
     """
     out, n = start(x, n, generator, classes)
     a = int(n.max()) + 1 if classes is None else classes

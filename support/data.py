@@ -163,7 +163,7 @@ def read_image(path: str | Path, size: int, window: Window | None = None) -> np.
 def read_both(
     path: str | Path, size: int, window: Window | None = None
 ) -> tuple[np.ndarray, Image.Image]:
-    """What `read_image` returns, and the image at its own size, 8 bits of RGB."""
+    """What `read_image` returns or raises, and the image at its own size, 8 bits of RGB."""
     check_size(size)
     loaded = _load(Path(path))
     try:
