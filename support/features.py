@@ -41,7 +41,7 @@ def draw_features(
 
     train, test: (N, 3, S, S) uint8; test may be None, else it is of dataset.test.
     """
-    generator, device = seeded(config.seed, 9), next(encoder.parameters()).device
+    generator, device = seeded(config.seed, 12), next(encoder.parameters()).device
     x, augment = to_unit(train[spread_out(len(train), POINTS)], "cpu"), strong_set(config)
     groups = {"healthy: A_0": x}
     for n in range(1, config.classes):
@@ -57,8 +57,8 @@ def draw_features(
     z = torch.cat([_features(encoder, images, device) for images in groups.values()])
     if not z.isfinite().all():
         raise FloatingPointError("the encoder's features are not finite; a lower --lr may help")
-    y2 = tsne(z, generator, perplexity=min(30.0, len(z) / 4))
-    points = {name: part.numpy() for name, part in zip(groups, y2.split(sizes), strict=True)}
+    places = tsne(z, generator, perplexity=min(30.0, len(z) / 4))
+    points = {name: part.numpy() for name, part in zip(groups, places.split(sizes), strict=True)}
     title = f"t-SNE of z = f_theta(x): {dataset.root.name}, {config.method}, {config.strong}"
     write_file(folder / "figures" / "features.png", png(scatter(points, title)))
 

@@ -7,13 +7,14 @@ Every phase can be interrupted and resumed. Equations are elsewhere: this compos
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,14 @@ def prepare(config: Config, folder: Path) -> Images:
     dataset = layouts.discover(root, seed=config.seed)
     dataset.check_test()  # before anything of a user's data is written
     notes = checks.at_the_start(config, folder, dataset)
-    saved, images = read_config(folder), digest(dataset.images, root)
-    if saved.get("images", images) != images:
+    saved, listed = read_config(folder), digest(dataset.images, root)
+    if saved.get("images", listed) != listed:
         raise ValueError(f"{root}: not the images that {folder} was begun with; begin another run")
     window = window_of_set(dataset.images, config.window, saved)
     how: dict[str, Any] = {"size": config.image_size, "cache_dir": cache_folder(folder)}
     how |= {"skip_bad": config.skip_bad, "window": window, "left_out": notes}
-    fit, train, held_out = data.decode_train(dataset.train, config.healthy_share, **how)
-    dataset = dataclasses.replace(dataset, train=fit)
+    paths, train, held_out = data.decode_train(dataset.train, config.healthy_share, **how)
+    dataset = dataclasses.replace(dataset, train=paths)
     test = masks = known = None
     if dataset.test:
         dataset, test, masks, known = data.decode_test(dataset, **how)
@@ -104,17 +105,25 @@ def prepare(config: Config, folder: Path) -> Images:
     checks.check_threads(saved)
     if saved.get("data") != config.data:  # a new run, or images that have moved
         content = dataclasses.asdict(config) | versions(config.device) | saved
-        content |= {"data": config.data, "values_shown": window, "images": images}
+        content |= {"data": config.data, "values_shown": window, "images": listed}
         write_file(folder / "config.json", json.dumps(content, indent=2).encode())
     pixels = data.resident(train, torch.device(config.device))
     return Images(dataset, train, pixels, test, masks, known, held_out, tuple(notes))
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """seconds[phase], how long the block took."""
+    began = time.monotonic()
+    yield
+    seconds[phase] = time.monotonic() - began
 
 
 def main_job(config: Config, folder: Path) -> None:
     """Pre-train, fit the detectors, evaluate them and the untrained network, report."""
     seconds: dict[str, float] = {}
     torch.backends.cudnn.deterministic = True  # the same seed, the same numbers on a GPU, too
-    with first_process_first():  # it draws and decodes, the others read
+    with timed(seconds, "images"), first_process_first():  # it draws and decodes, the others read
         images = prepare(config, folder)
     notify(plan(config, images, folder))
     notes = [*images.notes, *near_duplicates_note(images)]
@@ -124,19 +133,19 @@ def main_job(config: Config, folder: Path) -> None:
             "--preset quick takes minutes"
         )
 
-    began = time.monotonic()
-    encoder, init = pretrained(images.pixels, config, folder)
-    patches = None
-    if config.local_igd:
-        patches, _ = pretrained(images.pixels, config, folder, local=True)
-    seconds["pretrain"] = time.monotonic() - began
+    with timed(seconds, "pretrain"):
+        encoder, init = pretrained(images.pixels, config, folder)
+        patches = None
+        if config.local_igd:
+            patches, _ = pretrained(images.pixels, config, folder, local=True)
     if ranks()[0] > 0:
         return fit_together(encoder, patches, images, config, folder)  # the first does the rest
     shown = views_figure(images.train, config, f"{images.dataset.root.name}, {config.method}")
     write_all(folder, {config.strong: shown})
     draw_features(encoder, images.train, images.test, images.dataset, config, folder)
     extra: dict[str, Any] = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
-    extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
+    with timed(seconds, "fake_lesions"):
+        extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
     extra["data_notes"] = notes
     detectors = fit_detectors(encoder, patches, images, config, folder, seconds)
     if images.test is None:
@@ -197,22 +206,23 @@ def fit_detectors(
     """
     detectors: dict[str, Any] = {}
     for name in chosen(config.detector):
-        began = time.monotonic()
-        if name == "padim":
-            detector: Any = fit_padim(encoder.backbone, images.pixels, config)
-        elif name == "igd":
-            detector = fit_igd(encoder, patches, images, config, folder)
-        else:
-            detector = fit(name, encoder.backbone, images.train, dataclasses.asdict(config), folder)
-        if hasattr(detector, "reconstruct"):
-            draw_reconstructions(name, detector, images, folder)
         file = folder / (f"detector_{name}.pt" if detectors else "detector.pt")
-        detectors[name] = with_healthy(detector, images, name, file)
-        seconds[name] = time.monotonic() - began
+        with timed(seconds, name):
+            if name == "padim":
+                detector: Any = fit_padim(encoder.backbone, images.pixels, config)
+            elif name == "igd":
+                detector = fit_igd(encoder, patches, images, config, folder)
+            else:
+                settings = dataclasses.asdict(config)
+                detector = fit(name, encoder.backbone, images.train, settings, folder)
+            if hasattr(detector, "reconstruct"):
+                draw_reconstructions(name, detector, images, folder)
+            detectors[name] = with_healthy(detector, images, name, file)
     if config.trains and config.classes > 1 and "aug" in config.names_of_terms(local=False):
         file = folder / "detector_f_beta.pt"
         detectors["f_beta"] = with_healthy(LesionClassifier(encoder), images, "f_beta", file)
-    detectors["untrained"] = fit_padim(untrained(config), images.pixels, config)
+    with timed(seconds, "untrained"):
+        detectors["untrained"] = fit_padim(untrained(config), images.pixels, config)
     return detectors
 
 
