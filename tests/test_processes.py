@@ -6,16 +6,20 @@ Every process runs `together`, which saves what it got; sizes as in the modules.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import generator
+from conftest import ROOT, TINY, generator
 from test_pmsacl import pictures
 from torch import nn
 
+import eval as evaluation
 from autoencoder import gaussian
 from detectors import PaDiM
 from encoder import ResNet18, seeded
@@ -65,6 +69,14 @@ def an_igd_step(group=None):
     return values, gradients, training.model.sigma2
 
 
+def measured(detector):
+    """All measures of 30 images, of which every other one has a lesion's mask."""
+    masks = np.zeros((30, 32, 32), bool)
+    masks[1::2, 8:20, 4:16] = True
+    scores, maps = scoring.score_set(detector, pictures(count=30), batch=4)
+    return evaluation.protocol(scores, masks.any((1, 2)), maps, masks, seed=0)
+
+
 def together(rank: int, world: int, folder: str) -> None:
     """All that processes do together, to a file."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -102,6 +114,11 @@ def together(rank: int, world: int, folder: str) -> None:
             if rank == 0
             else [Together(Scorer()).score(pictures(count=n)[k : k + 4]) for k in range(0, n, 4)]
         )
+    if rank == 0:
+        got["measures"] = measured(Together(padim))
+    else:
+        for k in range(0, 30, 4):
+            Together(padim).score(pictures(count=30)[k : k + 4])
     run.wait_for_all()
     torch.save(got, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -112,6 +129,16 @@ def test_processes_want_torchrun(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is set without LOCAL_RANK"):
         run.join_processes()
+
+
+def same_numbers(got, want):
+    """Two rows of results: the numbers to 1e-4, since rounding may move a threshold."""
+    assert got.keys() == want.keys() and "aupro" in got
+    for name, value in want.items():
+        if isinstance(value, float) or name == "map_scale":
+            assert got[name] == pytest.approx(value, rel=1e-4), name
+        elif name != "best_possible":
+            assert got[name] == value, name
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -139,6 +166,7 @@ def test_several_processes_give_what_one_gives(world, tmp_path):
             scoring.score_set(Scorer(), pictures(count=n)), every[0][n], strict=True
         ):
             np.testing.assert_allclose(several, one, rtol=1e-6)
+    same_numbers(every[0]["measures"], measured(padim))
     for got in every:
         torch.testing.assert_close(got["loss"], loss.detach())
         torch.testing.assert_close(got["gradient"], net.weight.grad)
@@ -153,3 +181,20 @@ def test_several_processes_give_what_one_gives(world, tmp_path):
             assert (got["igd"][1][name] - want).abs().max() < 1e-4 * want.abs().max(), name
     total = sum(sum(got["igd"][0].values()) for got in every) / world
     assert total == pytest.approx(sum(values.values()), rel=1e-5)
+
+
+def test_the_main_job_by_two_processes(phantoms, finished, tmp_path):
+    """They train and score together; one process gets the same from their detectors."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["pmsacl.py", "--data", str(phantoms), "--out", str(tmp_path / "run"), *TINY]
+    command += ["--detector", "padim,panda"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    file = tmp_path / "run" / "results.json"
+    together = json.loads(file.read_text())
+    alone = json.loads((finished / "results.json").read_text())
+    same_numbers(together["untrained"], alone["untrained"])
+    assert evaluation.main([str(tmp_path / "run")]) == 0
+    again = json.loads(file.read_text())
+    for name in ("padim", "panda"):
+        same_numbers(again[name], together[name])
+    assert again["f_beta"]["image_auroc"] == together["f_beta"]["image_auroc"]
