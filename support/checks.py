@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from support.compared import chosen
-from support.folders import EXTENSIONS, how_to_convert, named, visible, walk
+from support.folders import EXTENSIONS, how_to_convert, named, walk
 from support.layouts import MASKS, Dataset, Sample, discover
 from support.progress import notify, progress, size_of
 from support.run import read_json, real
@@ -119,11 +119,10 @@ def check_unused(dataset: Dataset) -> list[str]:
     failed: list[str] = []
     mine = set(map(real, dataset.images))
     unused: dict[str, int] = {}
-    for parent, folders, files in walk(dataset.root, lambda e: failed.append(str(e.filename))):
-        folders[:] = filter(visible, folders)
+    for parent, _, files in walk(dataset.root, lambda e: failed.append(str(e.filename))):
         if MASKS & {part.lower() for part in parent.relative_to(dataset.root).parts}:
             continue
-        images = [f for f in files if visible(f) and Path(f).suffix.lower() in EXTENSIONS]
+        images = [f for f in files if Path(f).suffix.lower() in EXTENSIONS]
         left = [f for f in images if real(parent / f) not in mine]
         if left and dataset.layout != "HyperKvasir":  # which is drawn from
             unused[str(parent.relative_to(dataset.root))] = len(left)

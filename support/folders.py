@@ -25,7 +25,7 @@ CONVERT = {  # what is no picture yet -> how to make one
 def walk(
     root: Path, failed: Callable[[OSError], None] | None = None, *, most: int = MOST_FOLDERS
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """os.walk in order of names through links, into each real folder once, and never up again.
+    """os.walk in order of names, through links: each real folder once, none above, nothing hidden.
 
     failed: receives the error of each folder that cannot be read.
     raises: ValueError if there are more than `most` folders.
@@ -50,8 +50,8 @@ def walk(
         if not notified and time.monotonic() - began > 2:
             notify(f"looking through the folders below {root}")
             notified = True
-        folders.sort()
-        yield Path(parent), folders, files
+        folders[:] = sorted(filter(visible, folders))
+        yield Path(parent), folders, [*filter(visible, files)]
 
 
 def refuse(error: OSError) -> NoReturn:
@@ -73,9 +73,9 @@ def visible(name: str) -> bool:
 def how_to_convert(root: Path) -> str:
     """A sentence for the files below a folder that hold images of a kind that is not read."""
     text = ""
-    endings = [name for _, _, files in walk(root) for name in files if visible(name)]
+    names = [name for _, _, files in walk(root) for name in files]
     for kind, (of_kind, how) in CONVERT.items():
-        if count := sum(_ending(name) in of_kind for name in endings):
+        if count := sum(_ending(name) in of_kind for name in names):
             text += f"{count} {kind} files are not read: write PNG files first, by {how}. "
     return text
 

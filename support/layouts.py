@@ -142,8 +142,8 @@ def _images(folder: Path, *, deep: bool = False) -> list[Path]:
     """Image files by their endings, sorted; deep: also in subfolders, but not in those of masks."""
     paths: list[Path] = []
     for parent, folders, files in walk(folder, refuse):
-        paths += [parent / name for name in files if visible(name)]
-        folders[:] = [f for f in folders if deep and visible(f) and f.lower() not in MASKS]
+        paths += [parent / name for name in files]
+        folders[:] = [f for f in folders if deep and f.lower() not in MASKS]
     return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS)
 
 

@@ -26,7 +26,7 @@ from support import data, figures
 from support.cache import ahead, attempt, complaint
 from support.claim import OURS
 from support.depth import window_of_set
-from support.folders import EXTENSIONS, named, refuse, visible, walk
+from support.folders import EXTENSIONS, named, refuse, walk
 from support.healthy import Healthy
 from support.layouts import MASKS
 from support.new_images import REPORT, NewImages, write_score_report
@@ -167,12 +167,11 @@ def _inside(folder: Path) -> list[Path]:
     masks: list[Path] = []
     for parent, folders, names in walk(folder, refuse):
         masks += [parent / f for f in folders if f.lower() in MASKS]
-        folders[:] = [f for f in folders if visible(f) and f.lower() not in MASKS]
+        folders[:] = [f for f in folders if f.lower() not in MASKS]
         if REPORT in names:  # the overlays of an earlier scoring
             folders.clear()
             continue
-        images = filter(visible, names)
-        files += [parent / n for n in images if Path(n).suffix.lower() in EXTENSIONS]
+        files += [parent / n for n in names if Path(n).suffix.lower() in EXTENSIONS]
     if masks:
         notify(f"folders of masks are not scored: {named(masks)}; to score one, name it")
     return sorted(files)
