@@ -39,6 +39,7 @@ def draw_features(
 ) -> None:
     """Write figures/features.png, unless there are fewer than LEAST points to draw.
 
+    encoder:     in evaluation mode.
     train, test: (N, 3, S, S) uint8; test may be None, else it is of dataset.test.
     """
     generator, device = seeded(config.seed, 12), next(encoder.parameters()).device
@@ -65,11 +66,8 @@ def draw_features(
 
 @torch.no_grad()
 def _features(encoder: Encoder, x: Tensor, device: torch.device) -> Tensor:
-    """f_theta of images in [0, 1], in evaluation mode: (N, Z) on the CPU."""
-    training = encoder.training
-    encoder.eval()
+    """f_theta of images in [0, 1]: (N, Z) on the CPU."""
     z = [encoder(channels_last(part.to(device))).float().cpu() for part in x.split(16)]
-    encoder.train(training)
     return torch.cat(z)
 
 
