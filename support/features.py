@@ -15,10 +15,9 @@ from torch import Tensor
 from encoder import Encoder, channels_last, seeded, to_unit
 from pmsacl import strong_set
 from support.charts import spread_out
-from support.figures import png
+from support.figures import write_all
 from support.layouts import Dataset
 from support.options import Config
-from support.run import write_file
 from support.tsne import tsne
 
 POINTS = 40  # of a class of views, and of the normal and the abnormal test images
@@ -61,7 +60,7 @@ def draw_features(
     places = tsne(z, generator, perplexity=min(30.0, len(z) / 4))
     points = {name: part.numpy() for name, part in zip(groups, places.split(sizes), strict=True)}
     title = f"t-SNE of z = f_theta(x): {dataset.root.name}, {config.method}, {config.strong}"
-    write_file(folder / "figures" / "features.png", png(scatter(points, title)))
+    write_all(folder, {"features": scatter(points, title)})
 
 
 @torch.no_grad()
