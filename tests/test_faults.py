@@ -650,6 +650,9 @@ def places(tmp_path_factory, detector_state) -> Path:
     shutil.rmtree(root / "no-masks/ground_truth")
     mask = next(mvtec(root / "bad-mask").rglob("ground_truth/*/*.png"))
     mask.write_bytes(b"x")
+    shutil.copytree(root / "no-masks", root / "one-class")
+    shutil.rmtree(root / "one-class/test/good")
+    picture(root / "few/0.png")
     for name in ("bad", "cut", "piped", "all-bad"):
         (root / name).mkdir()
         if name != "all-bad":
@@ -766,6 +769,9 @@ BAD_RUNS = [
     *((f"{QUICK} --lr 0 --window {v}", "--lr must be") for v in ("-160,240", "-.5,.5")),
     (f"{QUICK} --resume ''", "--resume: is empty"),
     (f"{QUICK} --terms aug,aug", "--terms must be .* some of .*, each once"),
+    (QUICK.replace("healthy", "bad-mask"), "files cannot be used: .*ground_truth"),
+    (QUICK.replace("healthy", "one-class"), "one-class: .*both classes"),
+    (QUICK.replace("healthy", "few"), "1 healthy images are too few"),
     ("--data loop --out a", "loop: no such folder"),
     ("--data empty --out a", "empty: found no images"),
     (f"{QUICK} --nonsense 1", "unrecognized arguments: --nonsense"),

@@ -130,6 +130,10 @@ def test_checkpoints_of_another_version_and_refused_states_name_the_file(tmp_pat
         with pytest.raises(ValueError, match="c.pt: a checkpoint of another version"):
             train(Toy(), tmp_path / "c.pt", tmp_path / "log.csv")
 
+    (tmp_path / "c.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="c.pt: no checkpoint, or a damaged one"):
+        train(Toy(), tmp_path / "c.pt", tmp_path / "log.csv")
+
     class Refusing(Toy):
         def load_state_dict(self, state):
             raise ValueError("of other images")
