@@ -274,7 +274,7 @@ def test_decode_of_nothing(tmp_path):
     assert images.shape == (0, 3, S, S) and kept.shape == (0,)
 
 
-def test_the_cache_is_reused_and_notices_changes(tmp_path, reads):
+def test_the_cache_is_reused_for_the_same_list_and_size(tmp_path, reads):
     paths = [picture(tmp_path / f"{i}.png", i) for i in range(3)]
     first = np.array(data.decode(paths, S, tmp_path / "cache")[0])
     assert len(reads) == 3
@@ -283,11 +283,6 @@ def test_the_cache_is_reused_and_notices_changes(tmp_path, reads):
     assert len(reads) == 6  # another size
     data.decode(paths[:2], S, tmp_path / "cache")
     assert len(reads) == 8  # another list
-    reads.clear()
-    picture(paths[1], 99)
-    os.utime(paths[1], ns=(0, 12345))
-    second = data.decode(paths, S, tmp_path / "cache")[0]
-    assert len(reads) == 3 and (second[0] == first[0]).all() and (second[1] != first[1]).any()
 
 
 def test_every_unreadable_file_is_named_once(tmp_path):
@@ -334,16 +329,6 @@ def test_an_interrupted_decode_leaves_nothing(tmp_path, monkeypatch):
     assert not any((tmp_path / "cache").iterdir())
     images, _ = data.decode(paths, S, tmp_path / "cache")
     assert (images[0] == data.read_image(paths[0], S)).all()
-
-
-def test_a_damaged_or_unmarked_cache_is_made_again(tmp_path, reads):
-    paths = [picture(tmp_path / "a.png")]
-    want = np.array(data.decode(paths, S, tmp_path / "cache")[0])
-    rows, mark = next((tmp_path / "cache").glob("*.u8")), next((tmp_path / "cache").glob("*.json"))
-    mark.unlink()  # as after a kill between the two files
-    assert (data.decode(paths, S, tmp_path / "cache")[0] == want).all() and len(reads) == 2
-    rows.write_bytes(b"short")
-    assert (data.decode(paths, S, tmp_path / "cache")[0] == want).all() and len(reads) == 3
 
 
 def test_the_part_file_of_a_killed_run_is_cleared_and_a_live_one_kept(tmp_path):
