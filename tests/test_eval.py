@@ -17,9 +17,6 @@ from PIL import Image
 
 import eval as evaluation
 import measures
-from detectors import PaDiM
-from encoder import ResNet18
-from igd import IGD
 from support import data, figures, healthy, layouts, scoring
 from support.readers import ROW_COUNTS
 from support.run import read_rows
@@ -214,28 +211,6 @@ def refused(capsys, *arguments):
     return err
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    """One detector of each kind, for images of 32 pixels, and images to score."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(6, 3, 32, 32, generator=generator)
-    padim = PaDiM(ResNet18(generator), channels=9).fit(images)
-    igd = IGD(ResNet18(generator), image_size=32, epochs=1, batch_size=3, width=4).fit(
-        (255 * images).byte().numpy()
-    )
-    return {"padim": padim, "igd": igd}, images
-
-
-@pytest.mark.parametrize("kind", ["padim", "igd"])
-def test_load_reads_any_detector_by_its_kind(kind, fitted, tmp_path):
-    detectors, images = fitted
-    detectors[kind].save(tmp_path / "detector.pt")
-    loaded = evaluation.load(str(tmp_path / "detector.pt"), "cpu")
-    assert type(loaded) is type(detectors[kind])
-    for a, b in zip(loaded.score(images), detectors[kind].score(images), strict=True):
-        assert torch.equal(a.cpu(), b.cpu())
-
-
 def test_load_refuses_files_of_another_kind(tmp_path):
     torch.save({"kind": "magic"}, tmp_path / "magic.pt")
     torch.save([1, 2], tmp_path / "list.pt")
@@ -363,15 +338,6 @@ def test_mistakes_take_one_line_and_write_nothing(run, tmp_path, capsys):
             path.unlink()
     assert "both classes" in refused(capsys, run, "--data", tmp_path / "set")
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == stamps
-
-
-def test_interrupted_scoring_says_so(run, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "score_files", interrupted)
-    assert evaluation.main([str(run), "--score", "x"]) == 130
-    assert "interrupted" in capsys.readouterr().err
 
 
 def test_the_split_and_the_groups_depend_on_the_seed(monkeypatch):
