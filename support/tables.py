@@ -294,20 +294,18 @@ def write_scores(
 
     detectors: by name; one with healthy images that trained nothing gets a third column.
     """
-    columns = ["path", "kind", "label", "split"]
-    cells: list[list[Any]] = [
-        [quoted(str(s.path)), quoted(s.kind), s.label, "validation" if validation[i] else "test"]
-        for i, s in enumerate(samples)
-    ]
+    columns: dict[str, list[Any]] = {
+        "path": [quoted(str(sample.path)) for sample in samples],
+        "kind": [quoted(sample.kind) for sample in samples],
+        "label": [sample.label for sample in samples],
+        "split": ["validation" if chosen else "test" for chosen in validation],
+    }
     for name, s in scores.items():
-        columns += [f"{name}_score", f"{name}_predicted"]
-        added = [s.tolist(), (s >= rows[name]["threshold"]).astype(int).tolist()]
+        columns[f"{name}_score"] = s.tolist()
+        columns[f"{name}_predicted"] = (s >= rows[name]["threshold"]).astype(int).tolist()
         if (known := getattr(detectors.get(name), "healthy", None)) is not None:
-            columns.append(f"{name}_percentile")
-            added.append(known.percentile(s).round(2).tolist())
-        cells = [[*row, *more] for row, *more in zip(cells, *added, strict=True)]
-    kept = _kept_columns(folder / "scores.csv", samples, measured(rows).keys() - scores.keys())
-    columns += kept
-    cells = [[*row, *more] for row, *more in zip(cells, *kept.values(), strict=True)]
-    text = "".join(",".join(map(str, row)) + "\n" for row in [columns, *cells])
-    write_file(folder / "scores.csv", encoded(text))
+            columns[f"{name}_percentile"] = known.percentile(s).round(2).tolist()
+    file = folder / "scores.csv"
+    columns |= _kept_columns(file, samples, measured(rows).keys() - scores.keys())
+    lines = [[*columns], *zip(*columns.values(), strict=True)]
+    write_file(file, encoded("".join(",".join(map(str, line)) + "\n" for line in lines)))
