@@ -305,14 +305,14 @@ def evaluate_run(
     raises:  ValueError or OSError as `load_run`, or if a set has no test images or cannot be read.
     """
     config, old, detectors = load_run(folder, device)
-    own = real(config.get("data") or folder / "phantom")
+    own = real(config["data"] or folder / "phantom")
     if root is None and not own.exists():
         raise ValueError(f"{own}: the images of {folder} are not there; --data names their place")
     root = real(root or own)
-    seed, size = int(config.get("seed", 0)), int(config["image_size"])
-    another = root == own and paper_protocol > bool(config.get("paper_protocol"))
-    skip_bad |= bool(config.get("skip_bad"))
-    paper_protocol |= bool(config.get("paper_protocol"))
+    seed, size = config["seed"], config["image_size"]
+    another = root == own and paper_protocol > config.get("paper_protocol", False)
+    skip_bad |= config.get("skip_bad", False)
+    paper_protocol |= config.get("paper_protocol", False)
     dataset = layouts.discover(root, seed=seed, training=root == own)
     if not dataset.test:
         raise ValueError(f"{root}: {dataset.layout} without test images: nothing to measure")
@@ -322,7 +322,7 @@ def evaluate_run(
     to = place / "eval-paper-protocol" if another else place
     of_run = {name: old[name] for name in ("init", "config") if name in old}
     old = old if to == folder else of_run | read_results(to)
-    train = tuple(healthy.split(dataset.train, float(config.get("healthy_share", 0)))[0])
+    train = tuple(healthy.split(dataset.train, config.get("healthy_share", 0))[0])
     dataset, images, masks, known = data.decode_test(
         dataclasses.replace(dataset, train=train), size, place / "cache",
         skip_bad=skip_bad, window=window_of_set([s.path for s in dataset.test], "", config),

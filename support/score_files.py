@@ -109,7 +109,7 @@ def score_files(
     window = window_of_set(files, "", config)
     judges = {name: judge(name, detector, results) for name, detector in detectors.items()}
     new = [path for path in (out, *out.parents) if not path.exists()] if out else []
-    size, made = int(config["image_size"]), place(out, folder, paths)
+    size, made = config["image_size"], place(out, folder, paths)
     try:
         with Output(made, judges, files, as_json) as to:
             read = functools.partial(_read, size=size, window=window)
