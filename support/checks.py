@@ -30,8 +30,8 @@ def at_the_start(config: Any, folder: Path, dataset: Dataset) -> list[str]:
 
     raises: ValueError as `check_content` and `check_disk`.
     """
-    masks = sum(sample.mask is not None for sample in dataset.test)
-    check_disk(config, folder, (len(dataset.train), len(dataset.test), masks))
+    train, normal, abnormal, masks = dataset.counts
+    check_disk(config, folder, (train, normal + abnormal, masks))
     elsewhere = trained_on(Path(config.encoder)) if config.encoder else ()
     notes = check_content(dataset, elsewhere, allow=config.allow_duplicates)
     return told(notes + check_unused(dataset))
