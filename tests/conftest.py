@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads ruin a shared machine
@@ -36,8 +35,6 @@ except ImportError:
 BACKENDS = ["torch"] + (["triton"] if RUNS_TRITON else [])  # those a test can run here
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 
 torch.backends.cudnn.allow_tf32 = False  # or convolutions differ from one another by 1e-3
 # Also fills torch.empty with NaN, so that an element nobody wrote cannot look right.
