@@ -33,6 +33,7 @@ try:
 except ImportError:
     RUNS_TRITON = False
 BACKENDS = ["torch"] + (["triton"] if RUNS_TRITON else [])  # those a test can run here
+needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton, on a GPU or interpreted")
 
 ROOT = Path(__file__).resolve().parent.parent
 

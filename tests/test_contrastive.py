@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, DEVICE, HAS_GPU, ROOT, RUNS_TRITON, U32, assert_within
+from conftest import BACKENDS, DEVICE, HAS_GPU, ROOT, RUNS_TRITON, U32, assert_within, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page import printed_rows_of_eq_5
@@ -24,9 +24,6 @@ from kernels import contrastive
 from losses import centred_features, contrastive_losses, kappas
 
 HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # rounding of 16-bit floats
-needs_triton = pytest.mark.skipif(
-    not RUNS_TRITON, reason="needs Triton, on a GPU or its interpreter"
-)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, DEVICE, ROOT, RUNS_TRITON, U32, assert_within
+from conftest import BACKENDS, DEVICE, ROOT, RUNS_TRITON, U32, assert_within, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,7 +97,7 @@ def test_distances_stay_within_their_rounding_budget(backend, case):
     assert_within(got, want, budget(*case))
 
 
-@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton")
+@needs_triton
 @settings(max_examples=20)
 @given(case=cases())
 def test_tf32_rounds_both_factors_to_ten_bits(case):
@@ -106,7 +106,7 @@ def test_tf32_rounds_both_factors_to_ten_bits(case):
     assert_within(got, want, budget(*case, stored=2 * 2.0**-11 / U32))
 
 
-@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton")
+@needs_triton
 def test_tf32_is_for_several_images_and_coarser():
     x, mean, W, _ = make_case(3, 4, 40, seed=14)
     for B in (1, 3):
@@ -138,7 +138,7 @@ def test_whitening_stored_as_bfloat16(backend, B):
     assert_within(got, exact, budget(x, mean, W, stored=2.0**-9 / U32))
 
 
-@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton, on a GPU or its interpreter")
+@needs_triton
 @pytest.mark.parametrize(("B", "D"), [(1, 448), (2, 550), (1, 1024)])
 def test_many_channels(B, D):
     x, mean, W, _ = make_case(B, 1, D, seed=4)
@@ -146,7 +146,7 @@ def test_many_channels(B, D):
     assert_within(mahalanobis.mahalanobis(x, mean, W, backend="triton"), want, budget(x, mean, W))
 
 
-@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton, on a GPU or its interpreter")
+@needs_triton
 @pytest.mark.parametrize("B", [1, 2])
 def test_strides_whose_multiples_pass_int32(B):
     """Rows of W lie 2^30 values apart; an offset that wraps reads a zero instead."""
@@ -203,7 +203,7 @@ def test_permuting_images_and_positions_permutes_the_result(backend, case, seed)
     assert_within(moved, want, budget(x, mean, W)[b][:, p])
 
 
-@pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton, on a GPU or its interpreter")
+@needs_triton
 @pytest.mark.parametrize("B", [1, 5])
 def test_the_kernel_never_reads_above_the_diagonal(B):
     x, mean, W, _ = make_case(B, 3, 40, seed=7)
