@@ -14,7 +14,7 @@ from numpy import ndarray as Array
 from support import charts
 from support.cards import CARDS, Card, Gallery, cards_html, pictures_of
 from support.page import Section, glossary, page, recounted, slider, table
-from support.run import write_file
+from support.run import real, write_file
 
 REPORT = "report_scored.html"
 
@@ -77,13 +77,13 @@ class NewImages:
 
 def write_score_report(folder: Path, new: NewImages) -> None:
     """Write report_scored.html into the folder of a scoring."""
-    facts = [("Folder", escape(str(folder.resolve()))), ("New images", str(new.count))]
+    facts = [("Folder", escape(str(real(folder)))), ("New images", str(new.count))]
     sections, data = [Section("What was scored", table("The images", (), facts))], {}
     for name, values in new.scores.items():
         s = np.array(values)
         data[name] = recounted(s, None, new.judges[name].threshold)
         sections.append(_detector(name, s, new))
-    title = f"{folder.resolve().name}: {new.count} new images"
+    title = f"{real(folder).name}: {new.count} new images"
     write_file(folder / REPORT, page(title, [*sections, glossary()], data))
 
 

@@ -23,7 +23,7 @@ from support.healthy import described
 from support.layouts import Dataset
 from support.options import Config, make_config, option
 from support.page import SCORES, Section, glossary, page, recounted, slider, table
-from support.run import read_json, read_rows, write_file
+from support.run import read_json, read_rows, real, write_file
 from support.tables import HEADINGS, displayed, fakes_described, measured
 
 ROWS = 500  # of a log that a chart shows; of more, as many at even steps
@@ -83,7 +83,7 @@ def write_report(
     """
     config, shown = read_json(folder / "config.json"), shown or {}
     rows, data = measured(results), {}
-    own = Path(config.get("data") or folder / "phantom").resolve() == dataset.root
+    own = real(config.get("data") or folder / "phantom") == dataset.root
     sections = [_what(dataset, results, config, own), _measures(rows, results)]
     scores = {n: s for n, s in (scores or {}).items() if "threshold" in rows.get(n, {})}
     if scores and validation is not None:
@@ -96,7 +96,7 @@ def write_report(
     training = "".join(_training(folder / file, title) for file, title in LOGS.items())
     sections.append(Section("Training", training + _views(folder, config)))
     sections += [_settings(config), glossary()]
-    title = f"{folder.resolve().name}: report of a run"
+    title = f"{real(folder).name}: report of a run"
     write_file((to or folder) / "report.html", page(title, sections, data))
 
 
