@@ -110,6 +110,7 @@ def runs(tmp_path_factory):
 def test_what_is_kept_out_is_stored_with_each_detector(runs, capsys):
     results = json.loads((runs / "kept/results.json").read_text())
     assert {"padim", "dae", "f_beta"} == results["healthy"].keys()
+    assert "padim" not in results  # without test images nothing is measured
     for file, name in (("detector", "padim"), ("detector_dae", "dae")):
         loaded = evaluation.load(runs / f"kept/{file}.pt")
         assert len(loaded.healthy.scores) == 10 == results["healthy"][name]["images"]

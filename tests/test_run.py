@@ -447,14 +447,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(phantoms,
     assert not (folder / "results.json").exists()
 
 
-def test_training_on_a_flat_folder_goes_without_measures(tmp_path, phantoms):
-    root = shutil.copytree(phantoms / "train/good", tmp_path / "flat")
-    folder = tmp_path / "run"
-    assert job.main(["--data", str(root), "--out", str(folder), *TINY]) == 0
-    results = json.loads((folder / "results.json").read_text())
-    assert "padim" not in results and (folder / "detector.pt").exists()
-
-
 def test_a_run_on_the_cpu_names_the_cpu_also_where_a_gpu_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     assert versions("cuda")["processor"] == "a GPU" != versions("cpu")["processor"]
