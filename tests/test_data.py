@@ -283,6 +283,8 @@ def test_the_cache_is_reused_for_the_same_list_and_size(tmp_path, reads):
     assert len(reads) == 6  # another size
     data.decode(paths[:2], S, tmp_path / "cache")
     assert len(reads) == 8  # another list
+    data.decode(paths, S, tmp_path / "cache")
+    assert len(reads) == 8  # each has a file of its own
 
 
 def test_every_unreadable_file_is_named_once(tmp_path):

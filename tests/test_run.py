@@ -438,7 +438,7 @@ def test_a_program_reuses_the_memory_that_it_freed():
     assert (faults[:3] > 0.9 * pages).all() and (faults[4:] < 0.1 * pages).all()
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(phantoms, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(phantoms, tmp_path, capsys):
     folder = tmp_path / "run"
     more = "--lr 1000 --epochs 9 --features raw".split()
     assert job.main(["--data", str(phantoms), "--out", str(folder), *TINY, *more]) == 2
