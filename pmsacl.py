@@ -188,9 +188,11 @@ class Pretraining:
         )  # fmt: skip
         channels_last(encoder.to(self.device))
         self.encoder = self.networks = encoder.train()
+        # torch's fused SGD fails where weights get their first gradient after a warm-up
+        fused = self.device.type == "cuda" and not config.warmup_epochs
         self.optimiser = torch.optim.SGD(
             self.encoder.parameters(), self.start_rate, config.momentum,
-            weight_decay=config.weight_decay, fused=self.device.type == "cuda" or None,
+            weight_decay=config.weight_decay, fused=fused or None,
         )  # fmt: skip
         self.step_done, self.epoch = 0, -1
         self.c = torch.zeros(0)  # (A, Z) once the warm-up is over

@@ -325,13 +325,15 @@ def test_centres_are_eq_2_of_the_start_weights_over_every_training_image():
     torch.testing.assert_close(c, losses.class_centres(training.encoder, views))
 
 
-def test_the_centres_join_after_the_warm_up_and_stay():
-    training = pmsacl.Pretraining(pictures(), tiny(warmup_epochs=1, epochs=3))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_centres_join_after_the_warm_up_and_stay(device):
+    config = tiny(warmup_epochs=1, epochs=3, device=device)
+    training = pmsacl.Pretraining(pictures(), config)
     for _ in range(training.steps):
         terms = training.losses()
         assert list(terms) == ["aug"] and len(training.c) == 0
         training.update(terms)
-    start = pmsacl.Pretraining(pictures(), tiny(warmup_epochs=1, epochs=3))
+    start = pmsacl.Pretraining(pictures(), config)
     assert not torch.allclose(training.centres(), start.centres())  # of the weights as they are
     terms = training.losses()
     assert list(terms) == ["ctr", "pmsacl", "aug"] and training.c.shape == (2, 128)
