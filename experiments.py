@@ -35,7 +35,7 @@ from support import layouts
 from support.cache import digest
 from support.checks import check_places
 from support.claim import claimed
-from support.compared import NAMES, chosen, deciding
+from support.compared import chosen, deciding
 from support.figures import png
 from support.job import main_job
 from support.options import Config, make_config, option, parse
@@ -118,8 +118,9 @@ def result_of(config: Config, detector: str, out: Path) -> dict[str, Any] | None
         result |= dict(zip(ENDS, row.get("image_auroc_interval", ()), strict=False))
         if "baseline" in row:
             result["baseline"] = row["baseline"]
-        seconds = {k: v for k, v in results["seconds"].items() if k == detector or k not in NAMES}
-        result["minutes"] = sum(seconds.values()) / 60
+        seconds = results["seconds"]
+        phases = ("pretrain", detector, "evaluate")
+        result["minutes"] = sum(seconds.get(phase, 0) for phase in phases) / 60
         if "fake_lesions" in results:
             result["fake_lesions"] = results["fake_lesions"]["image_auroc"]
         if (folder / "log.csv").exists():

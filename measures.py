@@ -157,7 +157,7 @@ def aupro(maps: Values, masks: Values, fpr_limit: float = FPR_LIMIT) -> float:
     maps:      (N, S, S) scores.
     masks:     (N, S, S) bool, all false for a normal image.
     fpr_limit: l, in (0, 1].   returns: in [0, 1].
-    raises:    ValueError if the shapes differ, a lesion or a normal pixel is missing, for NaN or l.
+    raises:    ValueError for other shapes, no lesion, no normal pixel, NaN, or l outside (0, 1].
     """
     return pixel_measures(maps, masks, np.arange(len(maps)), fpr_limit)[1]
 

@@ -75,7 +75,7 @@ def lesions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each rank, the outputs (K,) that show such a lesion, and its boxes (K, 4).  [P!§4.2 R12]
 
-    Top, left, height, width in pixels, the largest in rank 0; wrong areas raise ValueError.
+    Boxes: top, left, height, width in pixels; rank 0: an image's largest. ValueError for bad areas.
     """
     if not 0 < min_area <= max_area <= 1:
         raise ValueError(f"needs 0 < min_area <= max_area <= 1, got {min_area} and {max_area}")

@@ -123,7 +123,7 @@ def inside(v: Tensor, u: Tensor) -> Tensor:
 def gaussian_noise(
     x: Tensor, n: Tensor, generator: Generator, *, classes: int | None = None, std: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """x + n_i std e, clipped; e ~ N(0, 1) of a pixel is that of all channels.  [P!§4.7.2 R32]"""
+    """x + n_i std e, clipped; e ~ N(0, 1), the same in all channels.  [P!§4.7.2 R32]"""
     out, n = start(x, n, generator, classes)
     return add_noise(out, n * std, generator), everywhere(out, n)
 

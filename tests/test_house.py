@@ -13,7 +13,6 @@ import io
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,10 +205,6 @@ def test_a_compared_detector_is_copied_with_little(name):
 
 def test_the_readmes_code_runs(monkeypatch, tmp_path):
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    from encoder import ResNet18  # the names and shapes of torchvision's, which tests do without
-
-    vision = SimpleNamespace(models=SimpleNamespace(resnet18=ResNet18))
-    monkeypatch.setitem(sys.modules, "torchvision", vision)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)

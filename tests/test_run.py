@@ -128,7 +128,7 @@ def test_detectors_and_figures_have_the_trained_encoder(finished, tmp_path):
     saved = json.loads((finished / "config.json").read_text())
     config = options.Config(**{k: saved[k] for k in options.Config.__dataclass_fields__})
     images = job.prepare(config, tmp_path / "run")
-    trained = evaluation.load(finished / "detector_f_beta.pt").encoder
+    trained = evaluation.load(finished / "detector_f_beta.pt", config.device).encoder
     draw_features(trained, images.train, images.test, images.dataset, config, tmp_path)
     drawn = [folder / "figures" / "features.png" for folder in (tmp_path, finished)]
     assert drawn[0].read_bytes() == drawn[1].read_bytes()
