@@ -304,11 +304,12 @@ def rows(group: Group, compiling: bool, rate: dict[str, float]) -> Iterator[list
     while time.monotonic() < end or len(taken[OURS]) < 3:
         for path, run in runs.items():
             taken[path].append(seconds(run))
+    mhz = clock()  # while the GPU is still warm
     floor = 1e3 * max(group.operations / rate[group.what[3]], group.bytes / rate["copy"])
     for path, run in runs.items():
         ms = 1e3 * statistics.median(taken[path])
         ratio = statistics.median(a / b for a, b in zip(taken[path], taken[OURS], strict=True))
-        yield [*group.what, path, ms, ratio, floor, *counted(run), clock()]
+        yield [*group.what, path, ms, ratio, floor, *counted(run), mhz]
 
 
 # ---------------------------------------------------------------------------- the program

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_compared import images, run
 from torch import Tensor, nn
 
+import eval as evaluation
 from autoencoder import AutoEncoder, Block, Z, critic, critic_loss, gaussian, interpolate, widths
 from baselines import fanogan
 from encoder import POOLED, ResNet18, normalise, seeded
@@ -542,9 +543,9 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_is_touched(monkeypatch)
 
 
 def restored(path) -> IGD:
-    state = torch.load(path, map_location=DEVICE, weights_only=True)
-    assert state["kind"] == "igd"
-    return IGD.of(state, DEVICE)
+    detector = evaluation.load(path, DEVICE)
+    assert isinstance(detector, IGD)
+    return detector
 
 
 def test_a_saved_detector_scores_bit_for_bit_the_same(tmp_path):
