@@ -96,6 +96,10 @@ def test_a_wrong_answer_is_told_from_the_right_one(exercise, line, instead, caps
     assert {k for k, end in results.items() if end != "right"} - builds == {exercise}
 
 
+def test_each_exercise_has_a_wrong_answer():
+    assert {exercise for exercise, *_ in WRONG} == set(EXERCISES)
+
+
 @pytest.mark.parametrize("text", ["    # BLANK: x\n    y\n", "    # END\n"])
 def test_a_blank_has_two_ends(text):
     with pytest.raises(ValueError, match="without both"):
