@@ -15,7 +15,8 @@ the screen and to bench.csv; on a GPU to docs/kernels.csv and the table in docs/
 The paths of one size take turns, so that a drifting machine is the same for all. On a GPU the L2
 cache is flushed before each run, and a GPU that waits for the host counts as time. `floor` is the
 larger of the operations at the rate of a large product of the row's dtype and the bytes at that of
-a copy; `ratio` is the time over ours; float32 in three products of tf32 may pass its floor.
+a copy; `ratio` is the time over ours; float32 in three products of tf32 may pass its floor. `mhz`
+is the clock right after a size's timings.
 
 Sizes: N views, Z = 128 features, A = 4 classes; B images, P = 4096 positions, D channels.
 """
@@ -55,7 +56,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 OURS = "triton" if GPU and HAS_TRITON else "torch"
 VIEWS = (256, 4096, 16384, 65536) if GPU else (256, 1024)
 IMAGES, CHANNELS = (1, 32, 128), (100, 448) if GPU else (100,)
-# The last compiled peer starts after COMPILE seconds and the last size after ALL: five minutes.
+# The last compiled peer starts within COMPILE seconds, the last size within ALL: five minutes.
 ROW, COMPILE, ALL = 1.0, 120, 280
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 # The largest |error| / |value| that passes: float32 by products of tf32 (5e-5) does not.
