@@ -54,7 +54,7 @@ class Conv3x3(nn.Conv2d):
 
     layer4's maps are that small for images of 32 and 64 px, and 8/9 or 5/9 of a convolution's
     products there are with the padding. Here each output pixel is a linear layer on the whole map,
-    with the kernel's part that lies on it: the same sum in another order, 0.64 to 0.98 of the time.
+    with the kernel's part that lies on it: the same sum, in 0.64 to 0.98 of the convolution's time.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:

@@ -91,7 +91,7 @@ def embeddings(B: int, D: int, dtype: torch.dtype, positions: int = P) -> tuple[
 
 
 def eager_contrastive(z: Tensor, n: Tensor, pair: Tensor, c: Tensor) -> Tensor:
-    """[P:(4)], all queries at once."""
+    """[P:(4)] to [P:(7)], all queries at once."""
     kappa, f = kappas(**KAPPA, positive_scale="kappa"), centred_features(z, n, c)
     return _rows_of_eq_5(f, n, pair, kappa, 0, len(f)).mean()
 

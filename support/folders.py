@@ -25,7 +25,7 @@ CONVERT = {  # what is no picture yet -> how to make one
 def walk(
     root: Path, failed: Callable[[OSError], None] | None = None, *, most: int = MOST_FOLDERS
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """os.walk in order of names, through links: each real folder once, none above, nothing hidden.
+    """os.walk in order of names, through links; nothing hidden, no folder twice, none above root.
 
     failed: receives the error of each folder that cannot be read.
     raises: ValueError if there are more than `most` folders.

@@ -140,9 +140,10 @@ def main_job(config: Config, folder: Path) -> None:
             patches, _ = pretrained(images.pixels, config, folder, local=True)
     if ranks()[0] > 0:
         return fit_together(encoder, patches, images, config, folder)  # the first does the rest
-    shown = views_figure(images.train, config, f"{images.dataset.root.name}, {config.method}")
-    write_all(folder, {config.strong: shown})
-    draw_features(encoder, images.train, images.test, images.dataset, config, folder)
+    with timed(seconds, "figures"):
+        shown = views_figure(images.train, config, f"{images.dataset.root.name}, {config.method}")
+        write_all(folder, {config.strong: shown})
+        draw_features(encoder, images.train, images.test, images.dataset, config, folder)
     extra: dict[str, Any] = {"config": dataclasses.asdict(config), "seconds": seconds, "init": init}
     with timed(seconds, "fake_lesions"):
         extra["fake_lesions"] = watch_fake_lesions(encoder, images, config)
@@ -220,7 +221,8 @@ def fit_detectors(
             detectors[name] = with_healthy(detector, images, name, file)
     if config.trains and config.classes > 1 and "aug" in config.names_of_terms(local=False):
         file = folder / "detector_f_beta.pt"
-        detectors["f_beta"] = with_healthy(LesionClassifier(encoder), images, "f_beta", file)
+        with timed(seconds, "f_beta"):
+            detectors["f_beta"] = with_healthy(LesionClassifier(encoder), images, "f_beta", file)
     with timed(seconds, "untrained"):
         detectors["untrained"] = fit_padim(untrained(config), images.pixels, config)
     return detectors

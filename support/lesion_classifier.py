@@ -27,7 +27,7 @@ class LesionClassifier:
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder.eval()
+        self.encoder = channels_last(encoder.eval())  # else a loaded one rounds otherwise
         self.device = encoder.f_beta.weight.device
 
     @torch.no_grad()

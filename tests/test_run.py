@@ -87,7 +87,8 @@ def test_a_run_folder_holds_what_the_design_says(finished):
             results[row]
         )
     assert results["init"] == "random"
-    phases = {"images", "pretrain", "fake_lesions", "padim", "untrained", "evaluate"}
+    phases = {"images", "pretrain", "figures", "fake_lesions", "padim", "f_beta", "untrained"}
+    phases |= {"evaluate"}
     assert results["seconds"].keys() == phases and min(results["seconds"].values()) > 0
     assert results["config"]["classes"] == 2
     log = read_rows(finished / "log.csv")
