@@ -273,6 +273,24 @@ def test_an_epoch_takes_every_image_once_and_each_epoch_has_its_order():
         assert len(set(epoch)) == len(epoch) and set(epoch) <= set(training.trained.tolist())
 
 
+def test_two_processes_have_half_of_an_epoch_and_of_the_centres_images_each(monkeypatch):
+    """And their own draws."""
+    steps, centres, draws = [], [], set()
+    monkeypatch.setattr(pmsacl, "loss_terms", lambda *a, **_: draws.add(a[4].initial_seed()) or {})
+    monkeypatch.setattr(pmsacl, "class_centres", lambda _, views: torch.zeros(len([*views]), 1))
+    for rank in (0, 1):
+        monkeypatch.setattr(pmsacl, "ranks", lambda rank=rank: (rank, 2))
+        training = pmsacl.Pretraining(pictures(count=18), tiny(batch_size=4))
+        training.views_of = lambda indices, _: centres.extend(indices.tolist())
+        assert len(training.centres()) == training.steps // 2 == 2
+        training.batch_of = lambda indices: steps.extend(indices.tolist())
+        training.centres_due = lambda: False
+        for training.step_done in range(training.total):
+            training.losses()
+        assert len(steps) == len(centres) == 8 * (rank + 1) and len(draws) == 4 * (rank + 1)
+    assert sorted(steps) == sorted(centres) == sorted(training.trained)
+
+
 def test_a_state_goes_on_as_if_it_had_not_been_stopped_and_refuses_other_images():
     config, images = tiny(epochs=2, batch_size=3), pictures()
     whole, resumed = (pmsacl.Pretraining(images, config) for _ in range(2))
@@ -293,6 +311,14 @@ def test_a_state_goes_on_as_if_it_had_not_been_stopped_and_refuses_other_images(
         pmsacl.Pretraining(pictures(count=8), config).load_state_dict(whole.state_dict())
 
 
+def test_the_pre_training_begins_with_the_weights_that_init_names(tmp_path):
+    start = ResNet18(generator(9))
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    config = tiny(method="none", init=str(tmp_path / "start.pt"))
+    encoder, init = pmsacl.pretrain(pictures(), config, tmp_path)
+    assert init == "start.pt" and torch.equal(encoder.backbone.conv1.weight, start.conv1.weight)
+
+
 def test_start_weights_held_back_images_and_random_centres_follow_the_seed():
     trainings = [pmsacl.Pretraining(pictures(), tiny(centres="random", seed=k)) for k in (0, 1)]
     for k, training in enumerate(trainings):  # the untrained row of the results begins there, too
@@ -300,6 +326,13 @@ def test_start_weights_held_back_images_and_random_centres_follow_the_seed():
         assert torch.equal(training.encoder.backbone.conv1.weight, start)
     assert trainings[0].watched.tolist() != trainings[1].watched.tolist()
     assert not torch.equal(*(training.centres() for training in trainings))
+
+
+def test_the_encoder_is_the_one_that_the_options_ask_for():
+    config = tiny(features="raw", aug_head="projection", classes=3)
+    encoder = pmsacl.Pretraining(pictures(), config).encoder
+    assert (encoder.features, encoder.aug_head) == ("raw", "projection")
+    assert encoder.f_beta.out_features == 3
 
 
 @pytest.mark.parametrize(("count", "batch", "held"), [
@@ -323,6 +356,8 @@ def test_centres_are_eq_2_of_the_start_weights_over_every_training_image():
     chunks = np.array_split(training.trained, training.steps)
     views = (training.views_of(chunk, training.draws(3, i)) for i, chunk in enumerate(chunks))
     torch.testing.assert_close(c, losses.class_centres(training.encoder, views))
+    local = pmsacl.Pretraining(pictures(size=64), tiny(image_size=64), local=True)
+    assert local.views_of(local.watched, local.draws(3, 0))[0].shape[2:] == (32, 32)  # of patches
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
