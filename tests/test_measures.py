@@ -348,6 +348,13 @@ def test_of_several_best_thresholds_the_highest_is_taken():
     assert measures.dice_threshold(maps, masks, [0]) == (4, 2 / 3)  # and at 1: 2 * 2 / (4 + 2)
 
 
+def test_a_missed_pixel_is_no_hit_and_every_pixel_of_a_later_image_is_a_threshold():
+    maps = np.array([[[1, 2]], [[3, 4]]])
+    assert measures.dice_threshold(maps, np.eye(2, dtype=bool)[:, None], [0, 1]) == (1, 2 / 3)
+    maps, masks = np.array([[[2, 5]], [[3, 4]]]), np.array([[[0, 1]], [[1, 1]]], bool)
+    assert measures.dice_threshold(maps, masks, [0, 1]) == (3, 1.0)
+
+
 def test_the_lesions_of_all_blocks_count():
     """Images of more than 32 M pixels are sorted one at a time."""
     maps = np.zeros((2, 1, 2**25 + 1), np.int8)
