@@ -329,6 +329,9 @@ def test_at_the_centre_the_loss_is_log_of_the_others_and_the_gradient_finite(bac
     loss.sum().backward()
     assert torch.isfinite(z.grad).all()
     assert z.grad.norm(dim=1).max() < 1 / losses.EPS * 10  # clamp: |df| / EPS at most
+    half = case.z.half().requires_grad_()
+    (0 * replace(case, z=half).losses(backend).sum()).backward()
+    assert half.grad.count_nonzero() == 0  # where no loss counts, there is no largest |g|
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

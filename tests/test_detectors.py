@@ -289,9 +289,11 @@ def test_a_saved_detector_scores_bit_for_bit_the_same(backbone, tmp_path):
 
 
 def test_user_mistakes_are_named(backbone, tmp_path):
-    for wrong in ({"channels": 0}, {"channels": 449}, {"eps": -1.0}, {"sigma": math.nan}):
+    for name, value in (
+        ("channels", 0), ("channels", 449), ("eps", -1.0), ("eps", math.inf), ("sigma", math.nan)
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="got"):
-            PaDiM(backbone, **wrong)
+            PaDiM(backbone, **{name: value})
     with pytest.raises(ValueError, match="must be a ResNet18, as Encoder's"):
         PaDiM(Encoder())
     detector = PaDiM(backbone, channels=8)
@@ -326,8 +328,8 @@ def test_features_without_a_covariance_are_refused(backbone):
     broken[2, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         PaDiM(backbone, channels=8).fit(broken)
-    with pytest.raises(ValueError, match="eps"):
-        PaDiM(backbone, channels=30, eps=0.0).fit(images(5))  # singular with N <= D
+    with pytest.raises(ValueError, match="not positive definite"):
+        PaDiM(backbone, channels=30, eps=0.0, sigma=0.0).fit(images(5))  # singular with N <= D
 
 
 def test_the_defaults_are_those_that_the_deviations_state(backbone):  # R19

@@ -56,6 +56,10 @@ def test_a_convolution_of_a_small_map_is_a_convolution(side, stride, seed):
     layer.bias = nn.Parameter(torch.randn(4, generator=g, dtype=torch.float64))  # as when folded
     got, want = layer(x), F.conv2d(x, layer.weight, layer.bias, stride, padding=1)
     torch.testing.assert_close(got, want)
+    flat = x[:, :, :1]  # one row: not square
+    torch.testing.assert_close(
+        layer(flat), F.conv2d(flat, layer.weight, layer.bias, stride, padding=1)
+    )
     weights = torch.randn(want.shape, generator=g, dtype=torch.float64)
     of = [x, layer.weight, layer.bias]
     torch.testing.assert_close(
@@ -82,6 +86,9 @@ def test_unit_features_have_length_one_and_raw_ones_do_not():
     torch.testing.assert_close(unit.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(F.normalize(raw, dim=1), unit)
     assert not torch.allclose(raw.norm(dim=1), torch.ones(2))
+    for wrong in ({"features": "none"}, {"aug_head": "none"}):
+        with pytest.raises(ValueError, match="must be .*, got 'none'"):
+            Encoder(**wrong)
 
 
 def test_images_of_bytes_and_of_two_floats_have_the_same_features_and_other_integers_none():

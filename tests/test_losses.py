@@ -25,6 +25,7 @@ def test_contrastive_loss_is_the_printed_formula_for_each_reading_of_the_positiv
             z.float(), n, pair, c.float(), tau=tau, alpha=alpha, positive_scale=name
         )
         assert_within(single, torch.tensor(want).double(), budget(z, want, tau))
+        assert single.dtype == torch.float32
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.2, 1.0])
@@ -42,6 +43,8 @@ def test_the_defaults_are_the_readings_r2_and_r3():
     pair, c = torch.arange(8) ^ 1, torch.randn(2, 4, generator=generator(1))
     want = printed_eq_5(z.double(), n, pair, c.double(), 0.2, 2.0, 1 / (2.0 * 0.2))
     assert float(losses.contrastive_loss(z, n, pair, c)) == pytest.approx(want, rel=1e-5)
+    part = losses.contrastive_losses(z, n, pair, c)[2:5].mean()
+    torch.testing.assert_close(losses.contrastive_loss(z, n, pair, c, rows=(2, 5)), part)
 
 
 def test_eq_6_is_clamped_as_r6_says():

@@ -48,7 +48,7 @@ def test_medmix_says_what_it_cannot_take():
     for bad in (x[0], x[:, :2], x[..., :8], images(2, 7), (x * 255).byte()):
         with pytest.raises(ValueError, match="images must be"):
             medmix.medmix(bad, n, generator())
-    for bad in (n[:1], n.float(), n[None], torch.zeros(0, dtype=torch.long), torch.arange(3)):
+    for bad in (n[:1], n.float(), n[:, None], torch.zeros(0, dtype=torch.long), torch.arange(3)):
         with pytest.raises(ValueError, match="n must be"):
             medmix.medmix(x, bad, generator())
     for bad, classes in ((n - 1, None), (n + 1, 2)):
@@ -63,6 +63,7 @@ def test_medmix_says_what_it_cannot_take():
     with pytest.raises(ValueError, match="at least 2, got 1"):
         medmix.medmix(x[:1], n[1:], generator())
     assert torch.equal(medmix.medmix(x[:1], n[:1], generator())[0], x[:1])
+    assert medmix.medmix(x, n, generator(), p=1, min_area=1, max_area=1)[1][1].any()  # no mistake
 
 
 # Where lesions lie ---------------------------------------------------------------------------

@@ -145,8 +145,12 @@ def test_user_mistakes_are_named():
     x, y = pair((1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"\(B, C, S, S\)"):
         ms_ssim(x, y[:, :, 1:])
+    with pytest.raises(ValueError, match=r"\(B, C, S, S\)"):
+        ms_ssim(x[0], y[0])
     with pytest.raises(ValueError, match="floating .* got torch.uint8"):
         ms_ssim(x.byte(), y)
+    with pytest.raises(ValueError, match="of one type"):
+        ms_ssim(x.double(), y)
     with pytest.raises(ValueError, match="odd"):
         ms_ssim(x, y, window=4)
     with pytest.raises(ValueError, match="16 px hold 1 scales of window 11, not 5"):

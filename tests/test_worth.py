@@ -175,6 +175,7 @@ def test_fake_lesions_measure_what_medmix_pastes(monkeypatch):
 def test_fake_lesions_want_four_images():
     with pytest.raises(ValueError, match="4 healthy images or more, got 3"):
         worth.fake_lesions(ResNet18(), torch.zeros(3, 3, 32, 32, dtype=torch.uint8), seed=0)
+    assert worth.fake_lesions(ResNet18(), smooth_images(4), seed=0)
 
 
 def test_fake_lesions_repeat_and_leave_the_network_alone():
