@@ -280,7 +280,7 @@ class Training:
         self.images = max(2 * self.world, min(igd.batch_size if whole else igd.patches, self.count))
         self.images -= self.images % (2 * self.world)  # of a step
         # Row i is mixed with row -1 - i of a step (`interpolate`): a process has both of each pair.
-        i, pairs = np.arange(self.images), -(-self.images // (2 * self.world))
+        i, pairs = np.arange(self.images), self.images // (2 * self.world)
         self.rows = i[np.minimum(i, i[::-1]) // pairs == self.rank]
         self.steps = self.count // self.images  # an epoch; the last partial batch is left out
         self.epochs = igd.epochs if whole else igd.local_epochs

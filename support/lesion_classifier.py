@@ -27,7 +27,8 @@ class LesionClassifier:
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = channels_last(encoder.eval())  # or one from a file would round differently
+        self.encoder = encoder.eval()
+        channels_last(encoder)  # or one from a file would round differently
         self.device = encoder.f_beta.weight.device
 
     @torch.no_grad()

@@ -285,7 +285,8 @@ def test_two_processes_have_half_of_an_epoch_and_of_the_centres_images_each(monk
         assert len(training.centres()) == training.steps // 2 == 2
         training.batch_of = lambda indices: steps.extend(indices.tolist())
         training.centres_due = lambda: False
-        for training.step_done in range(training.total):
+        for step in range(training.total):
+            training.step_done = step
             training.losses()
         assert len(steps) == len(centres) == 8 * (rank + 1) and len(draws) == 4 * (rank + 1)
     assert sorted(steps) == sorted(centres) == sorted(training.trained)
