@@ -418,6 +418,9 @@ def test_the_pretext_is_watched_on_400_views_and_four_images_are_enough(monkeypa
     assert 400 <= sum(map(len, seen)) < 400 + 16 and len(seen) == 25
     with pytest.raises(ValueError, match="3 healthy images are too few: 2 are held back"):
         pmsacl.Pretraining(np.zeros((3, 3, 32, 32), np.uint8), config)
+    monkeypatch.setattr(pmsacl, "ranks", lambda: (0, 3))
+    with pytest.raises(ValueError, match="--batch-size 5 is too small: .* 2 for each of 3"):
+        pmsacl.Pretraining(pictures(count=18), tiny(batch_size=5))
 
 
 def test_health_is_spread_distance_and_accuracy_on_fresh_views_of_held_back_images():
@@ -442,11 +445,13 @@ def test_health_is_spread_distance_and_accuracy_on_fresh_views_of_held_back_imag
 
 def test_a_collapse_is_said_once_and_not_of_the_first_steps(capsys):
     training = pmsacl.Pretraining(pictures(), tiny())
-    training.spread = 1e9
-    for training.step_done in (29, 30, 31):
+    now = training.health()["spread"]
+    for training.step_done, start in (29, 11 * now), (30, 9 * now), (31, 11 * now), (32, 11 * now):
+        training.spread = start  # a tenth of it is a collapse
         training.end_epoch()
-        assert training.collapsed == (training.step_done >= 30)
-    assert capsys.readouterr().err.count("collapse: the spread of z fell from 1e+09") == 1
+        assert training.collapsed == (training.step_done >= 31)
+    fell = f"collapse: the spread of z fell from {11 * now:.2g} to {now:.2g}"
+    assert capsys.readouterr().err.count(fell) == 1
 
 
 def test_an_epoch_logs_how_well_fake_lesions_are_found_except_on_patches():
