@@ -189,6 +189,10 @@ def test_half_of_the_bits_give_nearly_the_same_losses_and_scores(name, monkeypat
     assert all(v.dtype != torch.bfloat16 for v in detector.networks.state_dict().values())
     maps, scores = detector.fit(images(4)).score(images(2, seed=1))
     assert maps.dtype == scores.dtype == torch.float32 and maps.isfinite().all()
+    if hasattr(detector, "reconstruct"):
+        with torch.no_grad():
+            shown = detector.reconstruct(torch.from_numpy(images(2)) / 255)
+        assert shown.dtype == torch.float32  # NumPy, for the figure, has no bfloat16
 
 
 @pytest.mark.parametrize("name", COMPARED)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_uniform, generator
+from conftest import SIGMAS, assert_uniform, generator
 from test_compared import images, repeat
 from test_compared import small as small_on
 from torch import nn
@@ -119,7 +119,7 @@ def recorded(n, **options):
 
     def terms(x, draws, step):
         seen.append(((255 * x[:, 0, 0, 0]).round().int().tolist(), draws.initial_seed()))
-        return {"slope": (weight * torch.tensor([3.0, 0.0, 4.0])).sum()}
+        return {"a": 3 * weight[0], "b": 4 * weight[2]}
 
     data = np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(3, 1)
     data = data.repeat(32, 2).repeat(32, 3)
@@ -196,6 +196,17 @@ def test_the_terms_of_fanogan_are_those_of_its_losses():
     torch.testing.assert_close(shown, (gen(encoder(real)) + 1) / 2)
 
 
+def test_f_anogans_critic_norms_each_image_alone_and_the_others_norm_the_batch():
+    kinds = {}
+    for name, network in small("fanogan").networks.items():  # 3 blocks from 32 to 4 px
+        norms = [m for m in network.modules() if "Norm" in type(m).__name__]
+        kinds[name] = [(type(m), getattr(m, "num_groups", 0)) for m in norms]
+    batch, alone = (nn.BatchNorm2d, 0), (nn.GroupNorm, 1)
+    assert kinds == {"generator": 7 * [batch], "critic": 6 * [alone], "encoder": 6 * [batch]}
+    last = [type(part) for part in fanogan.upwards(8, 32, 2)[-4:]]
+    assert last == [nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Tanh]
+
+
 def test_f_anogan_generates_images_from_minus_one_to_one():
     y = fanogan.upwards(8, 32, 2)(torch.randn(16, 8, generator=generator()))
     assert y.shape == (16, 3, 32, 32) and -1 <= y.min() < -0.1 < 0.1 < y.max() <= 1
@@ -243,10 +254,27 @@ def test_discriminators_have_no_batch_norm_and_ocgans_the_papers_widths(name):
     for part in told[name]:
         assert not any("BatchNorm" in type(m).__name__ for m in networks[part].modules()), part
     if name == "ocgan":
-        linear = [m.out_features for m in networks["latent"] if isinstance(m, nn.Linear)]
-        assert linear == [128, 64, 32, 16, 1]
         widest = [networks[part][0].out_channels for part in ("visual", "classifier")]
         assert widest == [2, 10]  # 12 and 64 in the paper
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "layers"),
+    [
+        ("adgan", "of_latent", "Linear 128, LeakyReLU 0.2, Linear 128, LeakyReLU 0.2, Linear 1"),
+        ("ocgan", "latent", "Linear 128, LeakyReLU 0.2, Linear 64, LeakyReLU 0.2, Linear 32, "
+         "LeakyReLU 0.2, Linear 16, LeakyReLU 0.2, Linear 1"),
+        ("cutpaste", "image head", "Linear 2, BatchNorm1d 2, ReLU, Linear 3"),
+        ("cutpaste", "patch head", "Linear 2, BatchNorm1d 2, ReLU, Linear 3"),
+    ],
+)  # fmt: skip
+def test_what_is_between_the_layers_of_a_vector(name, part, layers):
+    sizes = ("out_features", "negative_slope", "num_features")
+    got = [
+        " ".join([type(m).__name__, *(str(vars(m)[s]) for s in sizes if s in vars(m))])
+        for m in small(name).networks[part]
+    ]
+    assert ", ".join(got) == layers
 
 
 def test_the_averages_that_score_are_those_of_reconstructions():
@@ -348,6 +376,9 @@ def test_panda_keeps_random_positions_of_every_image(monkeypatch):
     torch.testing.assert_close(kept, local[image, at])
     assert image.bincount().tolist() == [3] * 4
     assert at.max() >= 8 and len({tuple(sorted(at[image == i].tolist())) for i in range(4)}) > 1
+    for detector.seed in (1, 0):
+        detector.keep(images(4))
+        assert torch.equal(detector.fitted["positions"], kept) == (detector.seed == 0)
     monkeypatch.setattr(panda, "KEPT", 10)  # 3 of each would be 12
     assert len(small("panda").fit(images(4)).fitted["positions"]) == 10
 
@@ -377,10 +408,15 @@ def test_the_gaussian_of_patches_is_of_the_patch_networks_features(monkeypatch):
     std = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
     mean = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
     assert not torch.allclose(seen[0] * std + mean, parts[:12])  # of any place
+    for detector.seed in (1, 0):
+        detector.estimate(x)
+    assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1])  # of the seed
     monkeypatch.setattr(cutpaste, "KEPT", 10)  # 2 of each of 6 images would be 12
     with mock.patch.object(cutpaste, "gaussian", side_effect=cutpaste.gaussian) as gaussian:
         detector.estimate(x)
-    assert [len(call.args[0]) for call in gaussian.call_args_list] == [6, 10]
+        detector.estimate(x)
+    features = [call.args[0] for call in gaussian.call_args_list]
+    assert [len(f) for f in features] == [6, 10, 6, 10] and torch.equal(features[1], features[3])
 
 
 def test_cutpaste_trains_one_network_on_images_and_the_other_on_patches():
@@ -393,13 +429,27 @@ def test_cutpaste_trains_one_network_on_images_and_the_other_on_patches():
         seen.clear()
         training.update(training.losses())
         assert seen == [("patch", 32, True) if "patch" in training.name else ("image", 64, True)]
+    x = torch.from_numpy(images(4, 64)) / 255
+    with mock.patch.object(detector, "loss") as loss:
+        training.terms(x, generator(5), 0)
+    assert torch.equal(loss.call_args.args[1], detector.crop(x, generator(5)))
 
 
 def test_scars_are_uniform_in_width_length_and_angle():
-    sides, _, _, angle, _ = cutpaste.draw_pastes(4000, 4096, generator(), scar=True)
+    sides, _, _, angle, factors = cutpaste.draw_pastes(4000, 4096, generator(), scar=True)
     assert_uniform(sides[:, 0] / 16, 9.96, 25.04)  # of rounded sides
     assert_uniform(sides[:, 1] / 16, 1.96, 16.04)
     assert_uniform(angle, -math.pi / 4, math.pi / 4)
+    assert_uniform(factors, 0.9 - 1e-6, 1.1 + 1e-6)
+
+
+def test_all_numbers_of_a_paste_are_drawn_apart_and_it_reaches_each_edge():
+    sides, source, target, angle, factors = cutpaste.draw_pastes(4000, 512, generator(), scar=True)
+    drawn = torch.cat([sides, source, target, angle[:, None], factors], dim=1)
+    assert (drawn.T.corrcoef() - torch.eye(10)).abs().max() < SIGMAS / math.sqrt(4000)
+    sides, *centres, _, _ = cutpaste.draw_pastes(1000, 32, generator(), scar=False)
+    for centre in centres:
+        assert (centre - sides / 2).min() == 0 and (centre + sides / 2).max() == 32
 
 
 def test_the_knn_distance_keeps_its_digits_far_from_zero():
@@ -447,6 +497,8 @@ def test_convolutions_and_their_mirror_have_a_norm_and_a_slope_of_a_fifth_in_bet
 
 def test_the_draws_of_a_training_follow_the_seed_and_its_name():
     trainings = [next(iter(small("dae", seed=seed).trainings(images(8)))) for seed in (0, 1)]
-    orders = [repeat(t, 0)[0] for t in trainings]
+    t = trainings[0]
+    trainings.append(Training(t.detector, "dae too", t.data, t.terms, t.optimiser, epochs=1))
+    orders = [repeat(t, 0)[0].numpy().tobytes() for t in trainings]
     draws = [repeat(t, 0)[1].initial_seed() for t in trainings]
-    assert not torch.equal(*orders) and draws[0] != draws[1]
+    assert len(set(orders)) == len(set(draws)) == 3

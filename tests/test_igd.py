@@ -624,6 +624,7 @@ def test_a_block_is_its_formula(kind, up):
     def half(y):
         return (y[..., ::2, ::2] + y[..., 1::2, ::2] + y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 4
 
+    assert block.conv1.out_channels == (6 if up else 4) and block.conv1.bias is None
     y = twice(normed(x)) if up else normed(x)
     y = block.conv2(normed(block.conv1(y)))
     want = y + twice(block.shortcut(x)) if up else half(y) + block.shortcut(half(x))
