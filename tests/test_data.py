@@ -197,13 +197,15 @@ def test_masks_in_colour_jpeg_palette_one_bit_and_alpha(tmp_path):
     Image.fromarray(red).save(tmp_path / "red.png")
     Image.fromarray(red[..., [1, 0, 2]]).save(tmp_path / "green.png")
     Image.fromarray(red).quantize(4).save(tmp_path / "palette.png")
+    Image.fromarray(red).convert("CMYK").save(tmp_path / "ink.tif")
     Image.fromarray(want).save(tmp_path / "bit.png")
     Image.fromarray(want.astype(np.uint8) * 255).save(tmp_path / "jpeg.jpg", quality=60)
     alpha = np.full((40, 40, 4), 255, np.uint8)
     alpha[..., 3] = 255 * want
     Image.fromarray(alpha).save(tmp_path / "alpha.png")
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "empty.png")
-    for name in ("red.png", "green.png", "palette.png", "bit.png", "jpeg.jpg", "alpha.png"):
+    files = "red.png green.png palette.png ink.tif bit.png jpeg.jpg alpha.png".split()
+    for name in files:
         assert (data.read_mask(tmp_path / name, 40) == want).all(), name
     assert not data.read_mask(tmp_path / "empty.png", 40).any()
 
@@ -221,14 +223,17 @@ def test_a_mask_of_another_size(tmp_path):
         data.decode_masks(layouts.discover(tmp_path).test, S, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("turned", [5, 6, 7, 8])
-def test_a_mask_follows_its_image_when_exif_turns_it(turned, tmp_path):
+@pytest.mark.parametrize("orientation", range(9))  # 0: no EXIF
+def test_a_mask_follows_its_image_when_exif_turns_it(orientation, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = turned
-    image = picture(tmp_path / "a.jpg", size=(60, 40), exif=exif)
-    data.read_mask(lesion(tmp_path / "m.png", size=(40, 60)), S, image=image)
-    with pytest.raises(ValueError, match="60 x 40 pixels for an image of 40 x 60"):
-        data.read_mask(lesion(tmp_path / "m.png", size=(60, 40)), S, image=image)
+    if orientation:
+        exif[0x0112] = orientation
+    stored, turned = (60, 40), (40, 60)
+    (w, h), other = (turned, stored) if orientation >= 5 else (stored, turned)
+    image = picture(tmp_path / "a.jpg", size=stored, exif=exif)
+    data.read_mask(lesion(tmp_path / "m.png", size=(w, h)), S, image=image)
+    with pytest.raises(ValueError, match=f"{h} x {w} pixels for an image of {w} x {h}"):
+        data.read_mask(lesion(tmp_path / "m.png", size=other), S, image=image)
 
 
 def test_decode_masks(tmp_path):
@@ -416,3 +421,5 @@ def test_other_images_under_the_same_names_have_another_digest(tmp_path):
         (tmp_path / "a.png").write_bytes(content)
         digests.add(digest([tmp_path / "a.png"], tmp_path))
     assert len(digests) == 2
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert digest(files, tmp_path) == digest(files[::-1], tmp_path)

@@ -490,6 +490,10 @@ def test_one_bright_pixel_changes_no_other(tmp_path, capsys):
     wide, _ = data.decode(paths, S, tmp_path / "cache", window=(0, 400))
     assert wide[0, 0, 20, 20] == 128  # another window, another cache
     assert depth.window_of_set([paths[2]], "") is None
+    cut = tmp_path / "cut.png"  # its header says that it is deep; the rest is for the decoding
+    cut.write_bytes(paths[1].read_bytes()[:60])
+    assert depth.window_of_set([*paths, cut], "") == window
+    assert depth.window_of_set([cut], "") is None
 
 
 def test_images_of_both_depths_or_of_another_depth_than_the_runs_are_said(tmp_path, capsys):
