@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,17 +228,20 @@ def test_score_set_does_not_depend_on_the_batch(monkeypatch):
     one, two = (scoring.score_set(Padim(), images, batch=batch) for batch in (3, 7))
     assert Padim.calls == [3, 3, 1, 7]
     assert all((a == b).all() and a.dtype == np.float32 for a, b in zip(one, two, strict=True))
+    assert (one[0] == Padim().score(images)[1].numpy()).all()
 
-    monkeypatch.setattr(scoring, "MAPS_IN_MEMORY", 0)
+    monkeypatch.setattr(scoring, "MAPS_IN_MEMORY", 7 * 32 * 32 - 1)
     scores, maps = scoring.score_set(Padim(), images, batch=3)
     assert isinstance(maps, np.memmap) and (maps == one[1]).all() and (scores == one[0]).all()
 
-    class Broken(Padim):
-        def score(self, images):
-            return tuple(v * math.nan for v in super().score(images))
-
-    with pytest.raises(ValueError, match="not finite in images 0 to 2"):
-        scoring.score_set(Broken(), images, batch=3)
+    blind = SimpleNamespace(score=lambda x: (None, Padim().score(x)[1]))
+    assert scoring.score_set(blind, images)[1] is None
+    for part in (0, 1):  # a single number of the maps, or of the scores
+        outputs = Padim().score(images[:3])
+        outputs[part].view(-1)[-1] = math.nan
+        broken = SimpleNamespace(score=lambda _, outputs=outputs: outputs)
+        with pytest.raises(ValueError, match="not finite in images 0 to 2"):
+            scoring.score_set(broken, images, batch=3)
 
 
 def test_evaluate_a_run_writes_all_that_a_run_holds(run, capsys):

@@ -341,6 +341,9 @@ def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert [len(row.results) for row in last] == [0, 2] and last[0].failure == "no weights"
     text = sheets.markdown("s", "t", last)
     assert "| a | 0 | not run |" in text and "a failed: no weights" in text
+    (tmp_path / "s.txt").write_text("a --alpha 3\nb --alpha 4\n")
+    command = ["--sweep", str(tmp_path / "s.txt"), "--out", str(tmp_path / "out"), "--seeds", "1"]
+    assert experiments.main(command) == 1
 
 
 def test_the_command_runs_what_is_missing_and_reuses_the_rest(phantoms, tmp_path, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import eval as evaluation
@@ -23,6 +23,8 @@ TINY = "--epochs 1 --batch-size 4 --classes 2 --image-size 32 --preset quick --i
 
 
 @given(st.integers(0, 400), st.sampled_from([0.0, 0.05, 0.1, 0.5]))
+@example(19, 0.1)
+@example(20, 0.1)
 def test_a_tenth_or_ten_are_kept_out_and_the_others_train(n, share):
     files = [f"{i}.png" for i in range(n)]
     fit, kept = healthy.split(files, share)
@@ -56,6 +58,11 @@ def test_threshold_percentiles_and_scale():
     )
     assert of_ramp.scale == (0.0, 38.0)  # the middle is 19
     assert healthy.measure(Ramp(), images[:0], "ramp") is None
+    for level in (0.0, 1e12):
+        flat = torch.full((len(images), 8, 8), level), torch.zeros(len(images))
+        fixed = SimpleNamespace(score=lambda x, flat=flat: tuple(v[: len(x)] for v in flat))
+        low, high = healthy.measure(fixed, images, "flat").scale
+        assert low < high  # or its file would count as damaged
     state = healthy.to_state(of_ramp)
     on_gpu = mock.Mock(cpu=lambda: state["scores"], numpy=mock.Mock(side_effect=TypeError))
     again = healthy.of_state(state | {"scores": on_gpu})
