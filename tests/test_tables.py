@@ -53,6 +53,7 @@ def test_the_papers_figure_stands_beside_ours_on_its_data_set_only():
         assert "| paper, Table 1: PMSACL - PaDiM | 0.996 | 0.966 | 0.981 | 0.983 |" in table
         assert "| paper, Table 6: PMSACL - PaDiM | 0.406 | 0.554 | 0.854 |  |  |" in table
         assert table.count("paper, Table") == 4 - 2  # none beside the untrained encoder
+        assert table.count("- A sentence.\n") == 1  # though it is of both rows
     table = tables.results_table(result_rows("MVTec"))
     assert "paper, Table" not in table
     assert "|  | AUC | Specificity | Sensitivity | Accuracy |" in table
@@ -134,6 +135,9 @@ def test_rows_are_of_one_origin_if_data_seed_and_protocol_are_the_same():
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        tables.write_results(tmp_path, result_rows("MVTec") | {"seconds": {"fit": np.nan}})
+    assert not list(tmp_path.iterdir())
     rows = result_rows("MVTec")
     rows |= {"seconds": {"fit": np.float32(1.5)}, "config": {"data": Path("x")}}
     tables.write_results(tmp_path, rows)
@@ -159,15 +163,15 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_scores_keep_columns_of_the_same_images_and_kinds_with_commas(tmp_path):
     samples = [Sample(Path(f"{i}.png"), i, "a, b") for i in range(2)]
-    rows = {name: {"image_auroc": 1, "threshold": 0.5} for name in ("padim", "igd")}
-    old, new = {"igd": np.array([0.2, 0.8])}, {"padim": np.array([0.1, 0.9])}
+    rows = {name: {"image_auroc": 1, "threshold": 0.5} for name in ("padim", "f_beta")}
+    old, new = {"f_beta": np.array([0.2, 0.8])}, {"padim": np.array([0.1, 0.9])}
     split = np.zeros(2, bool)
     for scores in (old, new):
         tables.write_scores(tmp_path, samples, scores, rows, split, {})
     last = read_rows(tmp_path / "scores.csv")[1]
-    assert (last["kind"], last["igd_score"], last["padim_score"]) == ("a, b", "0.8", "0.9")
+    assert (last["kind"], last["f_beta_score"], last["padim_score"]) == ("a, b", "0.8", "0.9")
     tables.write_scores(tmp_path, samples[::-1], new, rows, split, {})
-    assert "igd_score" not in read_rows(tmp_path / "scores.csv")[0]
+    assert "f_beta_score" not in read_rows(tmp_path / "scores.csv")[0]
 
 
 def row_of(text: str, name: str, heading: str) -> dict[str, str]:
