@@ -123,7 +123,6 @@ class FAnoGAN(Detector):
         weights = [*generator.parameters(), *critic.parameters()]
         adam = torch.optim.Adam(weights, self.lr, betas=(0.0, 0.9))
         yield Training(self, self.kind, images, self.gan_terms, adam, epochs=self.epochs)
-        self.networks.eval()
         rmsprop = torch.optim.RMSprop(encoder.parameters(), self.encoder_lr, alpha=0.9)
         title, epochs = f"{self.kind} encoder", self.encoder_epochs
         yield Training(self, title, images, self.encoder_terms, rmsprop, epochs=epochs)
