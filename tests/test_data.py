@@ -177,15 +177,16 @@ def test_masks_are_nearest_neighbour(tmp_path_factory, width, height, seed, size
 
 
 @pytest.mark.parametrize(
-    "dtype,low,high", [("u1", 127, 128), ("u1", 0, 1), ("u2", 32767, 32768), ("u1", 0, 255)]
+    "dtype,low,high",
+    [("u1", 127, 128), ("u1", 0, 1), ("u2", 32767, 32768), ("u1", 0, 255), ("f4", 4e5, 6e5)],
 )
 def test_masks_are_binarised_at_half_of_the_range(tmp_path, dtype, low, high):
     mask = np.full((40, 40), low, dtype)
     mask[:, 20:] = high
     if high > 1:
-        mask[:5] = np.iinfo(dtype).max
-    Image.fromarray(mask).save(tmp_path / "m.png")
-    got = data.read_mask(tmp_path / "m.png", 40)
+        mask[:5] = 1e6 if dtype == "f4" else np.iinfo(dtype).max
+    Image.fromarray(mask).save(tmp_path / "m.tif")
+    got = data.read_mask(tmp_path / "m.tif", 40)
     assert not got[5:, :20].any() and got[:, 20:].all()
 
 
