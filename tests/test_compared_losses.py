@@ -200,6 +200,14 @@ def test_adgan_trains_each_part_on_its_loss():
     trained_by(next(iter(detector.trainings(images(4)))), detector, owners)
 
 
+def test_f_anogan_trains_its_generator_and_its_critic_on_their_losses():
+    detector = small("fanogan", critic_steps=2)
+    training = next(iter(detector.trainings(images(4))))
+    training.step_done = 1  # a step of both
+    owners = {"critic": {"critic"}, "penalty": {"critic"}, "generator": {"generator"}}
+    trained_by(training, detector, owners)
+
+
 def trained_by(training, detector, owners):
     """Each term's gradient reaches the networks that it belongs to, and no other."""
     terms = training.losses()

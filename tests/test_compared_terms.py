@@ -429,10 +429,11 @@ def test_cutpaste_trains_one_network_on_images_and_the_other_on_patches():
         seen.clear()
         training.update(training.losses())
         assert seen == [("patch", 32, True) if "patch" in training.name else ("image", 64, True)]
-    x = torch.from_numpy(images(4, 64)) / 255
+    x, draws = torch.from_numpy(images(4, 64)) / 255, generator(5)
     with mock.patch.object(detector, "loss") as loss:
-        training.terms(x, generator(5), 0)
-    assert torch.equal(loss.call_args.args[1], detector.crop(x, generator(5)))
+        training.terms(x, draws, 0)
+    _, patches, of_pastes = loss.call_args.args
+    assert torch.equal(patches, detector.crop(x, generator(5))) and of_pastes is draws
 
 
 def test_scars_are_uniform_in_width_length_and_angle():
