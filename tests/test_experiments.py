@@ -336,9 +336,10 @@ def test_a_failing_row_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(experiments, "run_job", lambda settings, out, keep: job(settings, out))
     rows = rows_of("s", {"a": "--alpha 3", "b": "--alpha 4"}, vars(config()), 2)
+    rows.append(Row("paper: c", "", (), "", {}))  # as in Table 5: nothing to run
     last = list(experiments.carry_out("s", rows, tmp_path, False))[-1]
     assert tried == [(3, 0), (4, 0), (4, 1)]  # a seed of all rows before the next seed
-    assert [len(row.results) for row in last] == [0, 2] and last[0].failure == "no weights"
+    assert [len(row.results) for row in last] == [0, 2, 0] and last[0].failure == "no weights"
     text = sheets.markdown("s", "t", last)
     assert "| a | 0 | not run |" in text and "a failed: no weights" in text
     (tmp_path / "s.txt").write_text("a --alpha 3\nb --alpha 4\n")

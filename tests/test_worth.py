@@ -189,7 +189,7 @@ def test_fake_lesions_repeat_and_leave_the_network_alone():
 
 @pytest.mark.parametrize("aug_head", ["backbone", "projection"])
 def test_f_beta_scores_one_minus_the_probability_of_no_lesion(aug_head, tmp_path):
-    encoder = Encoder(classes=3, aug_head=aug_head, features="raw", generator=generator(0)).eval()
+    encoder = Encoder(classes=3, aug_head=aug_head, features="raw", generator=generator(1)).eval()
     images = smooth_images(9)
     maps, scores = LesionClassifier(encoder).score(images)
     with torch.no_grad():
