@@ -23,7 +23,7 @@ tests-others:
 # On a machine with a GPU: the tests that need one, then the tables of docs/speed.md.
 gpu: .venv/ready
 	.venv/bin/python -m pytest tests/test_contrastive.py tests/test_mahalanobis.py
-	.venv/bin/python -m pytest -m gpu
+	.venv/bin/python -m pytest -m gpu --ignore=tests/test_contrastive.py --ignore=tests/test_mahalanobis.py
 	.venv/bin/python -m bench.kernels
 	.venv/bin/python -m bench.training
 
