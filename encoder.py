@@ -168,8 +168,8 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(nn.Linear(POOLED, POOLED), nn.ReLU(), nn.Linear(POOLED, Z))
         self.f_beta = nn.Linear(POOLED if aug_head == "backbone" else Z, classes)
         self.f_gamma = nn.Linear(Z, 8)
-        for part in (self.head, self.f_beta, self.f_gamma):
-            initialise(part, generator)
+        initialise(nn.ModuleList([self.head, self.f_beta, self.f_gamma]), generator)
+        channels_last(self)  # from the start: in another order the same weights round differently
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z = f_theta(x) and the pooled backbone features h that it is made from.

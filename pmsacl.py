@@ -186,8 +186,7 @@ class Pretraining:
             classes=config.classes, features=config.features, aug_head=config.aug_head,
             generator=seeded(config.seed, 2),
         )  # fmt: skip
-        channels_last(encoder.to(self.device))
-        self.encoder = self.networks = encoder.train()
+        self.encoder = self.networks = encoder.to(self.device).train()
         # torch's fused SGD fails where weights get their first gradient after a warm-up
         fused = self.device.type == "cuda" and not config.warmup_epochs
         self.optimiser = torch.optim.SGD(

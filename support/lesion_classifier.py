@@ -28,7 +28,6 @@ class LesionClassifier:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder.eval()
-        channels_last(encoder)  # or one from a file would round differently
         self.device = encoder.f_beta.weight.device
 
     @torch.no_grad()
