@@ -79,6 +79,13 @@ def test_start_weights_depend_on_the_generator_alone():
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
+def test_an_encoders_weights_are_in_the_order_in_which_convolutions_are_fastest():
+    encoder = Encoder()
+    encoder.load_state_dict({k: v.contiguous() for k, v in encoder.state_dict().items()})
+    kernels = [w for w in encoder.parameters() if w.ndim == 4]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
+
+
 def test_unit_features_have_length_one_and_raw_ones_do_not():
     x = torch.rand(2, 3, 32, 32, generator=generator(0))
     unit = Encoder(features="unit", generator=generator(1)).eval()(x)
